@@ -1,0 +1,44 @@
+# Every target that needs .venv builds it first; a set-up that is already done costs a fraction of a second.
+RANKS ?= 2
+ARGS ?=
+
+# Taken by scripts/setup; what is not given stays as the last set-up had it.
+export MPI TORCH PYTHON
+
+run := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo
+	@echo 'Variables: RANKS=2 (demo), ARGS="-k wire" (test), MPI=pip|system, TORCH=torch==2.13.0, PYTHON=python3 (setup)'
+
+setup: ## build .venv: Open MPI, torch for the CPU, Horovod, this package (minutes the first time)
+	@scripts/setup
+
+demo: setup ## train the digits example with four compressors on RANKS ranks under Horovod
+	@scripts/mpirun -np $(RANKS) $(run)/python examples/horovod_digits.py --methods none,terngrad,adacomp,topk
+
+test: setup ## run the suite at 1, 2 and 4 ranks; ARGS go to pytest
+	@$(run)/python -m mpi_tests $(ARGS)
+
+check: setup ## formatting, lint and types; changes nothing
+	$(run)/ruff format --check .
+	$(run)/ruff check .
+	$(run)/mypy
+	$(run)/shellcheck scripts/* .ci/run
+	$(run)/yamllint --strict -d '{extends: default, rules: {line-length: {max: 110}, document-start: disable}}' docker
+	$(run)/hadolint docker/Dockerfile
+
+format: setup ## rewrite the Python files as `make check` wants them
+	$(run)/ruff format .
+	$(run)/ruff check --fix .
+
+clean: ## remove what tests, checks and builds leave behind
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## also remove .venv; the compiled Horovod stays in the user's cache
+	rm -rf .venv *.egg-info
