@@ -1,0 +1,9 @@
+"""Gradient compression for data-parallel PyTorch training on unmodified Horovod and on plain MPI."""
+
+from .compression import Compression
+from .fingerprint import MismatchError
+from .gradient_compression import GradientCompression
+from .version import __version__
+from .wire import WireError
+
+__all__ = ["Compression", "GradientCompression", "MismatchError", "WireError", "__version__"]

@@ -1,0 +1,107 @@
+"""The parameters that a compression is bound to: which of them are compressed, and whose gradient a tensor is."""
+
+from __future__ import annotations
+
+import fnmatch
+import gc
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .compressors import Slot, SummedCompressor
+from .compressors.base import Compressor
+from .memory import ErrorFeedback
+
+NamedParameters = Iterable[tuple[str, Tensor]]
+
+
+class Binding:
+    """Parameters in the order in which they were named; raises ValueError for names that cannot work."""
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        compressor: Compressor,
+        memory: ErrorFeedback,
+        *,
+        min_numel: int,
+        exclude: Sequence[str],
+        seed: int,
+    ) -> None:
+        pairs = list(named_parameters) if isinstance(named_parameters, Iterable) else []
+        _check(pairs, exclude)
+        self.parameters = [parameter for _, parameter in pairs]
+        self.slots = [
+            Slot(name, index, parameter.shape, seed=seed, memory=memory)
+            for index, (name, parameter) in enumerate(pairs)
+        ]
+        # Adding up what is sent costs nothing extra, so that no tensor is too small for it.
+        smallest = -1 if isinstance(compressor, SummedCompressor) else min_numel
+        self.compressed = [_is_worth_it(name, p, smallest, exclude) for name, p in pairs]
+        self._next: dict[int, int] = {}  # whose hook came after whose
+        self._last = -1
+
+    def identify(self, gradient: Tensor) -> int:
+        """The index of the parameter whose `grad` this tensor is. Raises for tensors that are no gradient."""
+        index = self._next.get(self._last, -1)  # hooks fire in much the same order every step
+        if index < 0 or self.parameters[index].grad is not gradient:
+            index = next((i for i, p in enumerate(self.parameters) if p.grad is gradient), -1)
+        if index < 0:
+            raise self._unknown(gradient)
+        self._next[self._last] = index
+        self._last = index
+        return index
+
+    def describe(self) -> list[tuple[str, list[int], str]]:
+        return [(slot.name, list(slot.shape), str(p.dtype)) for slot, p in zip(self.slots, self.parameters)]
+
+    def _unknown(self, tensor: Tensor) -> Exception:
+        if any(parameter is tensor for parameter in self.parameters):
+            return NotImplementedError(
+                "op=hvd.Adasum reduces parameters, not gradients, and cannot carry compressed ones: "
+                "use op=hvd.Average or op=hvd.Sum"
+            )
+        return ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} is not the gradient of any parameter of this compression. Bind "
+            "it to all parameters of the optimizer, Compression...(model.named_parameters()), and leave "
+            "sparse_as_dense=False: sparse gradients pass uncompressed."
+        )
+
+
+def parameters_of_optimizer(compression: object) -> NamedParameters:
+    """The parameters of the optimizer that was given `compression`, named by their places, alike on every rank.
+
+    For a compression that is passed unbound, as Horovod's own are. Raises ValueError if no optimizer has it.
+    """
+    for referrer in gc.get_referrers(compression):
+        for owner in (referrer, *gc.get_referrers(referrer)):
+            if isinstance(owner, torch.optim.Optimizer):
+                groups = enumerate(owner.param_groups)
+                return [(f"{g}.{i}", p) for g, group in groups for i, p in enumerate(group["params"])]
+    raise ValueError(f"{compression!r} does not know its parameters: call it with model.named_parameters()")
+
+
+def _check(pairs: Sequence[tuple[str, Tensor]], exclude: Collection[str]) -> None:
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in pairs):
+        raise ValueError("named_parameters must be (name, parameter) pairs, such as model.named_parameters()")
+    if not pairs:
+        raise ValueError(
+            "named_parameters has no (name, parameter) pairs. Pass model.named_parameters(), and call it anew for "
+            "every use: a generator can be read only once."
+        )
+    names = [name for name, _ in pairs]
+    seen: set[str] = set()
+    if twice := [name for name in names if name in seen or seen.add(name)]:  # type: ignore[func-returns-value]
+        raise ValueError(f"named_parameters names more than one parameter {', '.join(twice)}")
+    if len({id(parameter) for _, parameter in pairs}) < len(pairs):
+        raise ValueError("named_parameters has a parameter under two names: leave out one of them")
+    for pattern in exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude={pattern!r} matches no parameter; their names are {', '.join(names)}")
+
+
+def _is_worth_it(name: str, parameter: Tensor, min_numel: int, exclude: Sequence[str]) -> bool:
+    if not parameter.is_floating_point() or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        return False
+    return min_numel < 0 or (parameter.dim() > 1 and parameter.numel() >= max(min_numel, 1))

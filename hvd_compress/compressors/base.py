@@ -1,0 +1,176 @@
+"""The contract of every algorithm: how one rank's gradient becomes requests, and the answers a sum over the ranks."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import wire
+from ..memory import ErrorFeedback
+from ..requests import Allgather, Allreduce, Exchange, Request
+
+
+@dataclass
+class Slot:
+    """One parameter's place in the exchange, as an algorithm sees it."""
+
+    name: str
+    index: int  # in the bound order, the same on every rank
+    shape: torch.Size
+    rank: int = 0
+    size: int = 1
+    step: int = 0  # exchanges finished so far, the same on every rank
+    seed: int = 0
+    memory: ErrorFeedback = field(default_factory=ErrorFeedback)
+
+
+class Compressor(abc.ABC):
+    """An algorithm with its options: a frozen dataclass, hence comparable, hashable and printable.
+
+    It holds no state: residuals are in the slot's memory, random numbers come from (seed, parameter, step, rank).
+    """
+
+    algorithm: ClassVar[int]  # id in the frames; never reused
+    stateful: ClassVar[bool] = False  # whether it keeps residuals in the slot's memory
+
+    @abc.abstractmethod
+    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+        """Exchange `gradient`, of any floating dtype and shape, which stays as it is; see requests.Exchange."""
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+class SummedCompressor(Compressor):
+    """An algorithm whose whole exchange is one SUM of a type that Horovod and MPI can add: no frames, no carrier."""
+
+    @abc.abstractmethod
+    def summand(self, gradient: Tensor) -> Tensor:
+        """What is added up over the ranks in place of `gradient`."""
+
+    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+        total: Tensor = yield Allreduce(self.summand(gradient))
+        return total.to(torch.float32 if gradient.dtype != torch.float64 else torch.float64).view(-1)
+
+
+class SparsifyingCompressor(Compressor):
+    """An algorithm with error feedback that sends some values at some positions of what has accumulated."""
+
+    stateful = True
+
+    @abc.abstractmethod
+    def encode(self, slot: Slot, accumulated: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Payload, uint8; positions sent, int64 [n]; the values that receivers will see there, float32 [n].
+
+        `accumulated` (residual + gradient) and `gradient`: float32 [numel], finite.
+        """
+
+    @abc.abstractmethod
+    def decode(self, frame: wire.Frame) -> Tensor:
+        """float32 [numel]. Raises ValueError for a payload that does not fit."""
+
+    @abc.abstractmethod
+    def rate(self, slot: Slot) -> float:
+        """What the frame's header says of the density or the like."""
+
+    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+        values = flat32(gradient)
+        accumulated = slot.memory.compensate(slot.name, values)
+        payload, flags = None, 0
+        if max_abs(accumulated) < math.inf:
+            payload, positions, sent = self.encode(slot, accumulated, values)
+            if fits(payload, gradient):
+                accumulated[positions] -= sent
+            else:
+                payload, sent = encode_dense(accumulated, gradient.dtype)
+                accumulated, flags = accumulated - sent, wire.DENSE
+            if max_abs(sent) < math.inf:
+                slot.memory.propose(slot.name, accumulated)
+            else:  # too large for the gradient's own type
+                payload = None
+        return (yield from gather_sum(self, slot, gradient, payload, self.decode, rate=self.rate(slot), flags=flags))
+
+
+def flat32(gradient: Tensor) -> Tensor:
+    """`gradient` as float32 [numel], without a copy where it already is."""
+    return gradient.detach().reshape(-1).to(torch.float32)
+
+
+def max_abs(values: Tensor) -> float:
+    """Largest |value|; infinity when any is not finite, 0 for an empty tensor."""
+    if values.numel() == 0:
+        return 0.0
+    largest = float(values.abs().max())
+    return largest if largest == largest else math.inf
+
+
+def gather_sum(
+    compressor: Compressor,
+    slot: Slot,
+    gradient: Tensor,
+    payload: Tensor | None,
+    decode: Callable[[wire.Frame], Tensor],
+    *,
+    rate: float = 0.0,
+    flags: int = 0,
+) -> Generator[Request, Any, Tensor | None]:
+    """Gather every rank's payload and add the decoded tensors in rank order: float32 [numel], the same bits everywhere.
+
+    `payload` None says that this rank's gradient is not finite; then, on every rank, the sum is None.
+    `decode` turns a frame into float32 [numel] and raises ValueError for a payload that does not fit.
+    """
+    if payload is None:
+        payload, flags = torch.empty(0, dtype=torch.uint8), wire.NON_FINITE
+    numel = gradient.numel()
+    sent = wire.Frame(compressor.algorithm, gradient.dtype, slot.rank, slot.index, rate, numel, payload, flags)
+    answers: list[Tensor] = yield Allgather(wire.pack(sent))
+    if len(answers) != slot.size:
+        raise wire.WireError(len(answers), slot.name, f"frames of {slot.size} ranks", f"{len(answers)}")
+    frames = [expect(sent, wire.unpack(answer, peer, slot.name), peer, slot) for peer, answer in enumerate(answers)]
+    if not all(frame.finite for frame in frames):
+        return None
+    total = torch.zeros(numel, dtype=torch.float32, device=gradient.device)
+    for frame in frames:
+        try:
+            total += (decode_dense(frame) if frame.dense else decode(frame)).to(gradient.device)
+        except ValueError as error:
+            raise wire.WireError(frame.sender, slot.name, "a payload that decodes", error) from error
+    return total
+
+
+def fits(payload: Tensor, gradient: Tensor) -> bool:
+    """Whether a frame with `payload` is no larger than the dense gradient."""
+    return wire.frame_bytes(payload.numel()) <= gradient.numel() * gradient.element_size()
+
+
+def encode_dense(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The payload of a dense frame, and the float32 values that its receivers will see."""
+    cast = values.to(dtype)
+    return cast.contiguous().view(-1).view(torch.uint8), cast.view(-1).to(torch.float32)
+
+
+def decode_dense(frame: wire.Frame) -> Tensor:
+    if frame.payload.numel() != frame.numel * frame.dtype.itemsize:
+        raise ValueError(f"{frame.payload.numel()} bytes for {frame.numel} dense elements of {frame.dtype}")
+    return frame.payload.clone().view(frame.dtype).to(torch.float32)  # a copy: float64 needs 8-byte alignment
+
+
+def expect(sent: wire.Frame, frame: wire.Frame, peer: int, slot: Slot) -> wire.Frame:
+    for what, expected, found in (
+        ("sender", peer, frame.sender),
+        ("parameter index", slot.index, frame.parameter),
+        ("algorithm id", sent.algorithm, frame.algorithm),
+        ("dtype", sent.dtype, frame.dtype),
+        ("element count", sent.numel, frame.numel),
+        ("rate", wire.rounded(sent.rate), frame.rate),
+    ):
+        if expected != found:
+            raise wire.WireError(peer, slot.name, f"{what} {expected}", found)
+    return frame

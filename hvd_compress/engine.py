@@ -1,0 +1,171 @@
+"""Runs exchanges: starts them as gradients arrive, advances them when answers do, finishes them when asked.
+
+Parameters are cut into buckets in reverse order, which is about the order in which gradients become ready. The
+exchanges of a bucket advance round by round, and their requests of a kind travel as one collective. What travels with
+what depends only on the parameters that arrive between two flushes, which is the same on every rank, never on the order
+in which they arrive, which is not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .requests import Allreduce, Broadcast, Exchange, Request, sent_bytes
+from .transports.base import Pending, Transport
+
+
+class Ticket:
+    """One gradient's exchange under way."""
+
+    def __init__(self, index: int, exchange: Exchange, bucket: Bucket) -> None:
+        self.index = index
+        self.bucket = bucket
+        self.sent_bytes = 0
+        self.total: Tensor | None = None  # the sum over the ranks; None: not finite on some rank
+        self.done = False
+        self.request: Request | None = None
+        self._exchange = exchange
+        self.advance(None)
+
+    def advance(self, answer: Any) -> None:
+        """Resume the exchange with `answer`, up to its next request or its end."""
+        try:
+            self.request = self._exchange.send(answer)
+        except StopIteration as end:
+            self.total, self.request, self.done = end.value, None, True
+
+
+class Bucket:
+    """Exchanges that travel together, round by round."""
+
+    def __init__(self, key: str, transport: Transport) -> None:
+        self.key = key
+        self.tickets: dict[int, Ticket] = {}
+        self.finished = threading.Event()
+        self._transport = transport
+        self._round = 0
+        self._pending: list[tuple[Sequence[Ticket], Pending]] = []
+
+    def post(self) -> None:
+        """Send the waiting requests, those of a kind as one collective; at the end of the last round, finish."""
+        kinds: dict[str, list[tuple[Ticket, Request]]] = {}
+        for index in sorted(self.tickets):
+            ticket = self.tickets[index]
+            if ticket.request is not None:
+                ticket.sent_bytes += sent_bytes(ticket.request, self._transport.rank)
+                kinds.setdefault(_kind(ticket.request), []).append((ticket, ticket.request))
+        self._pending = []
+        for kind in sorted(kinds):  # one order on every rank
+            tickets, requests = zip(*kinds[kind])
+            self._pending.append((tickets, self._transport.post(f"{self.key}.{self._round}.{kind}", requests)))
+        self._round += 1
+        if not self._pending:
+            self.finished.set()
+
+    def advance(self, *, block: bool) -> None:
+        """Take the answers of this round and post the next, if they are there or once they are."""
+        if not self._pending or not (block or all(pending.ready() for _, pending in self._pending)):
+            return
+        answered = [(tickets, pending.wait()) for tickets, pending in self._pending]
+        for tickets, answers in answered:
+            for ticket, answer in zip(tickets, answers):
+                ticket.advance(answer)
+        self.post()
+
+    def run(self) -> None:
+        """Post and finish all rounds."""
+        self.post()
+        while not self.finished.is_set():
+            self.advance(block=True)
+
+
+class Engine:
+    """Runs buckets over a transport that matches collectives by name, in whatever order they are posted.
+
+    plan: the parameters' indices, cut into buckets; the same on every rank.
+    """
+
+    def __init__(self, transport: Transport, plan: Sequence[Sequence[int]], prefix: str = "hvd_compress") -> None:
+        self.transport = transport
+        self._prefix = prefix
+        self._bucket_of = {index: number for number, members in enumerate(plan) for index in members}
+        # Whom a bucket waits for before it goes: those that came the last time that any did.
+        self._expected = {number: set(members) for number, members in enumerate(plan)}
+        self._arrived: dict[int, set[int]] = {}  # since the last flush
+        self._open: dict[str, Bucket] = {}
+        self._running: list[Bucket] = []
+
+    def submit(self, index: int, exchange: Exchange) -> Ticket:
+        """Start the exchange of parameter `index`."""
+        number = self._bucket_of[index]
+        arrived = self._arrived.setdefault(number, set())
+        if index in arrived:
+            raise RuntimeError(f"parameter {index} was handed in twice before its gradient was synchronized")
+        arrived.add(index)
+        late = index not in self._expected[number]  # travels in a bucket of its own, sent at the flush
+        key = f"{self._prefix}.{number}{'.late' if late else ''}"
+        bucket = self._open.setdefault(key, Bucket(key, self.transport))
+        ticket = bucket.tickets[index] = Ticket(index, exchange, bucket)
+        if not late and bucket.tickets.keys() == self._expected[number]:
+            self._launch(self._open.pop(key))
+        self.poll()
+        return ticket
+
+    def poll(self) -> None:
+        """Advance what can be advanced without waiting."""
+        for bucket in self._running:
+            bucket.advance(block=False)
+        self._running = [bucket for bucket in self._running if not bucket.finished.is_set()]
+
+    def flush(self) -> None:
+        """Send what has arrived since the last flush and waits for company."""
+        for key in sorted(self._open):
+            self._launch(self._open[key])
+        self._open.clear()
+        self._expected.update(self._arrived)
+        self._arrived = {}
+
+    def finish(self, ticket: Ticket) -> Tensor | None:
+        """Wait for the sum over the ranks, float32 [numel]; None when the gradient of any rank is not finite."""
+        if self._arrived:
+            self.flush()
+        self._complete(ticket)
+        return ticket.total
+
+    def close(self) -> None:
+        """Let go of what runs in the background."""
+
+    def _launch(self, bucket: Bucket) -> None:
+        bucket.post()
+        self._running.append(bucket)
+
+    def _complete(self, ticket: Ticket) -> None:
+        while not ticket.done:
+            self.poll()
+            ticket.bucket.advance(block=True)
+
+
+def cut(sizes: dict[int, int], bucket_bytes: int) -> list[list[int]]:
+    """Cut parameters, {index: bytes}, into buckets of about `bucket_bytes`, the last parameter first."""
+    plan: list[list[int]] = []
+    filled = bucket_bytes
+    for index in sorted(sizes, reverse=True):
+        if filled + sizes[index] > bucket_bytes:
+            plan.append([])
+            filled = 0
+        plan[-1].append(index)
+        filled += sizes[index]
+    return plan
+
+
+def _kind(request: Request) -> str:
+    """What requests must share to travel as one collective."""
+    if isinstance(request, Allreduce):
+        return f"allreduce.{request.op.value}.{request.tensor.dtype}.{request.tensor.device}"
+    if isinstance(request, Broadcast):
+        return f"broadcast.{request.root}.{request.tensor.dtype}.{request.tensor.device}"
+    return type(request).__name__.lower()

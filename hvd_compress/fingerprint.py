@@ -1,0 +1,109 @@
+"""Before the first exchange all ranks compare what they were started with: a difference is an error, not a hang."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .transports.base import Pending, Transport
+
+_log = logging.getLogger("hvd_compress")
+_WARNING_SECONDS = 10.0
+
+Description = dict[str, Any]  # JSON-serializable; what must be equal on all ranks
+
+
+class MismatchError(RuntimeError):
+    """The ranks were started with different versions, options, parameter names or shapes."""
+
+
+@dataclass
+class Roll:
+    """The compressions made for one set of ranks, in the order in which the program made them."""
+
+    serials: itertools.count[int] = field(default_factory=itertools.count)
+    unchecked: dict[int, Description] = field(default_factory=dict)
+    checks: int = 0
+
+    def check(self, transport: Transport) -> None:
+        """Compare, over all ranks, all that was made and not yet compared.
+
+        All at once because hooks fire in another order on every rank: each may need another compression first.
+        """
+        mine = {str(serial): description for serial, description in self.unchecked.items()}
+        check(transport, f"hvd_compress.check.{self.checks}", mine)
+        self.checks += 1
+        self.unchecked.clear()
+
+
+# Per set of ranks, because the number of a compression is part of the names of its collectives. Filled as compressions
+# are made; the descriptions keep no parameter alive.
+_rolls: dict[Hashable, Roll] = {}
+
+
+def roll(process_set: Any) -> Roll:
+    """The roll of a horovod.torch.ProcessSet; None for all ranks."""
+    everyone = process_set is None or process_set.process_set_id == 0
+    return _rolls.setdefault(None if everyone else tuple(process_set.ranks), Roll())
+
+
+def check(transport: Transport, name: str, mine: dict[str, Description]) -> None:
+    """Raise MismatchError, on every rank alike, unless all ranks' descriptions are equal."""
+    pending = transport.gather_objects(name, mine)
+    _wait(pending, transport.rank)
+    everyone: list[dict[str, Description]] = pending.wait()
+    for rank, theirs in enumerate(everyone):
+        if difference := _difference(everyone[0], theirs, rank):
+            raise MismatchError(
+                f"the ranks disagree: {difference}. Start every rank with the same version of hvd_compress, the same "
+                "options and the same model, and make compressions in the same order."
+            )
+
+
+def _wait(pending: Pending, rank: int) -> None:
+    deadline = time.monotonic() + _WARNING_SECONDS
+    while not pending.ready():
+        if time.monotonic() > deadline:
+            deadline = float("inf")
+            _log.warning(
+                "rank %d has waited %.0f s for the other ranks to make their first exchange. If this lasts: do all "
+                "ranks pass the same compression=, and does it have the process_set= of the optimizer?",
+                rank,
+                _WARNING_SECONDS,
+            )
+        time.sleep(0.001)
+
+
+def _difference(first: dict[str, Description], other: dict[str, Description], rank: int) -> str | None:
+    if first.keys() != other.keys():
+        return f"rank 0 made {_names(first)}, rank {rank} made {_names(other)}"
+    for serial in first:
+        for what in first[serial] | other[serial]:
+            a, b = first[serial].get(what), other[serial].get(what)
+            if a != b:
+                if what == "parameters" and a and b:
+                    return _parameter_difference(a, b, rank)
+                return f"{what} is {a} on rank 0 and {b} on rank {rank}"
+    return None
+
+
+def _parameter_difference(first: Sequence[Any], other: Sequence[Any], rank: int) -> str:
+    for number, (a, b) in enumerate(itertools.zip_longest(first, other)):
+        if a != b:
+            return f"parameter {number} is {_parameter(a)} on rank 0 and {_parameter(b)} on rank {rank}"
+    raise AssertionError("equal parameters")
+
+
+def _parameter(description: Sequence[Any] | None) -> str:
+    if description is None:
+        return "missing"
+    name, shape, dtype = description
+    return f"{name!r} {tuple(shape)} {dtype}"
+
+
+def _names(descriptions: dict[str, Description]) -> str:
+    return "[" + ", ".join(str(description["compressor"]) for description in descriptions.values()) + "]"

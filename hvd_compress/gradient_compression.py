@@ -1,0 +1,203 @@
+"""What a user holds: a compressor with its options and parameters, in the form that Horovod's `compression=` takes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fingerprint
+from .binding import Binding, NamedParameters, parameters_of_optimizer
+from .compressors import Compressor, SummedCompressor
+from .engine import Engine
+from .session import NONE, Progress, Session
+from .version import __version__
+
+_log = logging.getLogger("hvd_compress")
+
+
+@dataclass(frozen=True)
+class _AddedUp:
+    """Context of a tensor that Horovod itself adds up."""
+
+    dtype: torch.dtype
+
+
+class GradientCompression(Session):
+    """A compressor bound to named parameters; made by `Compression`.
+
+    Pass it to an unmodified `horovod.torch.DistributedOptimizer` or to `hvd_compress.mpi.DistributedOptimizer`. Every
+    rank must make it alike: same options, same parameters in the same order.
+
+    named_parameters: (name, parameter) pairs, as of `model.named_parameters()`.
+    min_numel: smaller tensors are not compressed, nor are those with one dimension.
+    exclude: names, or patterns in the style of `fnmatch`, of parameters that are not compressed.
+    seed: of the random numbers of stochastic compressors.
+    process_set: the horovod.torch.ProcessSet that the optimizer reduces over; None for all ranks.
+    bucket_bytes: gradients are exchanged together in buckets of about this size.
+
+    Raises ValueError for options or parameters that cannot work.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        named_parameters: NamedParameters | None = None,
+        *,
+        min_numel: int = 1024,
+        exclude: str | Sequence[str] = (),
+        seed: int = 0,
+        process_set: Any = None,
+        bucket_bytes: int = 8 << 20,
+    ) -> None:
+        if min_numel < 0:
+            raise ValueError(f"min_numel must not be negative: {min_numel}")
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes must be at least 1: {bucket_bytes}")
+        super().__init__(compressor, bucket_bytes)
+        self.min_numel = min_numel
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.seed = seed
+        self.process_set = process_set
+        if named_parameters is not None:
+            self._bind(named_parameters)
+        self._roll = fingerprint.roll(process_set)
+        self._serial = next(self._roll.serials)
+        self._enlist()
+        self._mark = self._mean_mark = 0.0
+        _say_if_single_rank()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"Compression.{self._name}({options})"
+
+    def __call__(self, named_parameters: NamedParameters, **options: Any) -> GradientCompression:
+        """Bind what is not bound yet, as in `Compression.bf16(model.named_parameters(), min_numel=4096)`."""
+        if self.bound:
+            raise TypeError(f"{self!r} is bound to its parameters already")
+        return GradientCompression(self.compressor, named_parameters, **options)
+
+    @property
+    def _name(self) -> str:
+        return type(self.compressor).__name__.removesuffix("Compressor").lower()
+
+    def _options(self) -> dict[str, Any]:
+        common = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes")
+        return self.compressor.options() | {name: getattr(self, name) for name in common}
+
+    def _bind(self, named_parameters: NamedParameters) -> None:
+        self._binding = Binding(
+            named_parameters,
+            self.compressor,
+            self.memory,
+            min_numel=self.min_numel,
+            exclude=self.exclude,
+            seed=self.seed,
+        )
+
+    def description(self) -> fingerprint.Description:
+        """What must be the same on every rank."""
+        options = {name: repr(value) for name, value in self._options().items() if name != "process_set"}
+        parameters = self.binding.describe() if self.bound else None
+        return {"version": __version__, "compressor": self._name} | options | {"parameters": parameters}
+
+    def _enlist(self) -> None:
+        if self.bound or not isinstance(self.compressor, SummedCompressor):
+            self._roll.unchecked[self._serial] = self.description()
+
+    def delist(self) -> None:
+        """Take this off the list of what Horovod's ranks compare, for whoever compares it elsewhere."""
+        self._roll.unchecked.pop(self._serial, None)
+
+    def rejoin(self, progress: Progress) -> None:
+        """Start anew on a changed set of ranks, which all compare what they have again; residuals stay."""
+        self.detach()
+        self.progress = progress
+        self._roll.checks = 0
+        self._enlist()
+
+    # Horovod's interface
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """Called by Horovod for every gradient: start its exchange, and return what Horovod is to add up.
+
+        That is the tensor itself where Horovod can add what is sent. Else it is a carrier: a 1, which comes back as 1
+        from an average and as the number of ranks from a sum, and a mark, by which sets of ranks are told apart.
+        """
+        if isinstance(self.compressor, SummedCompressor) and not self.bound:
+            return self.compressor.summand(tensor), _AddedUp(tensor.dtype)
+        if self._finished and self._engine and not self._engine.transport.is_current():
+            self.rejoin(self.progress)  # elastic Horovod does not tell when ranks only leave
+        if self._engine is None:
+            self._connect()
+        index = self.binding.identify(tensor)
+        self.settle()
+        compressor = self._compressor_of(index, tensor) if self.size > 1 else NONE
+        if isinstance(compressor, SummedCompressor):
+            summand = compressor.summand(tensor)
+            self._record(index, tensor, summand.numel() * summand.element_size())
+            return summand, _AddedUp(tensor.dtype)
+        # Of the gradient's own type: the tensors of one of Horovod's groups must not differ in it.
+        carrier = torch.tensor([1.0, self._mark], dtype=NONE.summand(tensor[:0]).dtype, device=tensor.device)
+        ticket = self.submit(index, tensor)
+        ticket.sent_bytes += carrier.numel() * carrier.element_size()
+        return carrier, (ticket, tensor)
+
+    def decompress(self, tensor: Tensor, context: Any) -> Tensor:
+        """Called by Horovod with what it added up: finish the exchange, and return the aggregated gradient."""
+        if isinstance(context, tuple):
+            ticket, gradient = context
+            return self.finish(ticket, gradient, average=self._is_average(tensor))
+        self._finished = True
+        self._watch(tensor)
+        # Horovod adds up sparse gradients without asking compress: they come with no context.
+        return tensor if context is None else tensor.to(context.dtype)
+
+    def _is_average(self, carrier: Tensor) -> bool:
+        """Whether Horovod averaged or summed; raises RuntimeError if it did neither, or over other ranks than ours."""
+        one, mark = carrier.tolist()
+        if abs(mark - one * self._mean_mark) < 0.01 * one * self._mean_mark:  # factors and half precision may round
+            if abs(one - 1) < 0.25:
+                return True
+            if abs(one - self.size) < 0.25 * self.size:
+                return False
+        raise RuntimeError(
+            "Horovod did not sum or average over the ranks of this compression. Use op=hvd.Average or op=hvd.Sum, and "
+            "give the optimizer and the compression the same process_set="
+        )
+
+    def _connect(self) -> None:
+        from .transports.horovod import HorovodTransport
+
+        if not self.bound:
+            self._bind(parameters_of_optimizer(self))
+        transport = HorovodTransport(self.process_set)
+        if transport.size > 1:
+            self._roll.check(transport)
+        marks = [_mark(member) for member in transport.members]
+        self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
+        engine = functools.partial(Engine, prefix=f"hvd_compress.{self._serial}")
+        self.attach(transport, engine, compressed_only=True)
+
+
+def _mark(rank: int) -> float:
+    """A small number, exact in float16, whose mean over one set of ranks is hardly that over another."""
+    return 1.0 + pow(7, rank, 97)
+
+
+_said_single_rank = False
+
+
+def _say_if_single_rank() -> None:
+    """Horovod calls no compression at one rank, so there is no later moment to say it."""
+    global _said_single_rank
+    hvd = sys.modules.get("horovod.torch")
+    if hvd is not None and hvd.is_initialized() and hvd.size() == 1 and not _said_single_rank:
+        _said_single_rank = True
+        _log.warning("Horovod runs with one rank: there is nothing to exchange, so nothing is compressed")

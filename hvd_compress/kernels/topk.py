@@ -1,0 +1,18 @@
+"""Exact top-k by magnitude, the same set on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def topk_indices(values: Tensor, k: int) -> Tensor:
+    """Ascending positions, int64 [k], of the k largest |values|; of equals the lower position is taken."""
+    magnitudes = values.abs()
+    if k >= values.numel():
+        return torch.arange(values.numel(), device=values.device)
+    threshold = torch.topk(magnitudes, k, sorted=False).values.min()
+    chosen = magnitudes > threshold
+    ties = torch.nonzero(magnitudes == threshold).view(-1)
+    chosen[ties[: k - int(chosen.sum())]] = True
+    return torch.nonzero(chosen).view(-1)

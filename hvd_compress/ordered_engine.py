@@ -1,0 +1,133 @@
+"""The engine for transports that match collectives by their order, and the thread that keeps to it on every rank."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Sequence
+
+from .engine import Bucket, Engine, Ticket
+from .transports.base import Transport
+
+_CLOSING_SECONDS = 5.0
+
+
+class OrderedEngine(Engine):
+    """Runs buckets over a transport that matches collectives by their order, as MPI does.
+
+    All ranks run their buckets one after another, in the order in which those of rank 0 became ready when they were
+    first seen. A thread does so during backward; with `threaded` False they run at the flush.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        plan: Sequence[Sequence[int]],
+        prefix: str = "hvd_compress",
+        *,
+        threaded: bool = True,
+    ) -> None:
+        super().__init__(transport, plan, prefix)
+        self._runner = _Runner(transport, threaded)
+        # The thread must end before the interpreter does, and when nobody holds the engine any more.
+        self.close = weakref.finalize(self, self._runner.close)  # type: ignore[method-assign]
+
+    def poll(self) -> None:
+        pass  # the runner advances the buckets
+
+    def flush(self) -> None:
+        super().flush()
+        self._runner.flush()
+
+    def _launch(self, bucket: Bucket) -> None:
+        self._runner.launch(bucket)
+
+    def _complete(self, ticket: Ticket) -> None:
+        while not ticket.bucket.finished.wait(timeout=1.0) and not self._runner.failure:
+            pass
+        if self._runner.failure:
+            raise self._runner.failure
+
+
+class _Interval:
+    """What is launched between two flushes."""
+
+    def __init__(self) -> None:
+        self.launched: dict[str, Bucket] = {}  # in the order in which they became ready here
+        self.flushed = False
+        self.changed = threading.Condition()
+
+    def add(self, bucket: Bucket) -> None:
+        with self.changed:
+            self.launched[bucket.key] = bucket
+            self.changed.notify()
+
+    def flush(self) -> None:
+        with self.changed:
+            self.flushed = True
+            self.changed.notify()
+
+    def take(self, key: str) -> Bucket | None:
+        """Wait for the bucket `key`; None if there is none in this interval."""
+        with self.changed:
+            self.changed.wait_for(lambda: key in self.launched or self.flushed)
+            return self.launched.pop(key, None)
+
+    def take_rest(self) -> dict[str, Bucket]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.flushed)
+            return self.launched
+
+
+class _Runner:
+    """Runs the buckets of one interval after the other, in a thread or at the flush."""
+
+    def __init__(self, transport: Transport, threaded: bool) -> None:
+        self.failure: BaseException | None = None
+        self._transport = transport
+        self._order: list[str] = []
+        self._interval = _Interval()
+        self._queue: queue.SimpleQueue[_Interval | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="hvd_compress", daemon=True) if threaded else None
+        if self._thread:
+            self._queue.put(self._interval)
+            self._thread.start()
+
+    def launch(self, bucket: Bucket) -> None:
+        self._interval.add(bucket)
+
+    def flush(self) -> None:
+        interval, self._interval = self._interval, _Interval()
+        interval.flush()
+        if self._thread:
+            self._queue.put(self._interval)
+        else:
+            self._attempt(interval)
+
+    def close(self) -> None:
+        if self._thread:
+            self._queue.put(None)
+            self._interval.flush()
+            self._thread.join(_CLOSING_SECONDS)
+            if self._thread.is_alive():  # in a collective that the other ranks will not join, or this one has left
+                self._transport.abort()
+
+    def _work(self) -> None:
+        while self.failure is None and (interval := self._queue.get()) is not None:
+            self._attempt(interval)
+
+    def _attempt(self, interval: _Interval) -> None:
+        try:
+            self._run(interval)
+        except BaseException as error:  # raised where the exchange is finished
+            self.failure = error
+
+    def _run(self, interval: _Interval) -> None:
+        for key in self._order:
+            if bucket := interval.take(key):
+                bucket.run()
+        if rest := interval.take_rest():  # seen for the first time, on every rank alike
+            for key in self._transport.broadcast_object(list(rest), root=0):
+                rest[key].run()
+                self._order.append(key)

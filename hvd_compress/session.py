@@ -1,0 +1,243 @@
+"""One model's exchange over many steps: its parameters, the engine, and the state that outlives a step."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor
+
+from .binding import Binding
+from .compressors import Compressor, NoneCompressor, Slot, SparseGatherer
+from .engine import Engine, Ticket, cut
+from .memory import ErrorFeedback, share
+from .telemetry import Telemetry
+from .transports.base import Transport
+
+_log = logging.getLogger("hvd_compress")
+
+Progress = tuple[int, Union[float, None]]  # steps, loss scale
+
+NONE = NoneCompressor()
+_SPARSE = SparseGatherer()
+
+
+class Session:
+    """Exchanges the gradients of bound parameters by a compressor, step after step.
+
+    A step ends when the first gradient is handed in after some were finished. Only then is it known whether all its
+    tensors were finite on all ranks, and residuals change: all of them, or none.
+    """
+
+    def __init__(self, compressor: Compressor, bucket_bytes: int) -> None:
+        self.compressor = compressor
+        self.bucket_bytes = bucket_bytes
+        self.memory = ErrorFeedback()
+        self.telemetry = Telemetry()
+        self._binding: Binding | None = None
+        self._engine: Engine | None = None
+        self._step = 0
+        self._finished = False  # some gradient of this step is finished
+        self._finite = True  # no tensor of this step was seen to be non-finite
+        self._loss_scale: float | None = None
+        self._loaded: tuple[Mapping[str, Any], str] | None = None  # a state that waits for rank and size
+
+    @property
+    def bound(self) -> bool:
+        return self._binding is not None
+
+    @property
+    def binding(self) -> Binding:
+        if self._binding is None:
+            raise ValueError(f"{self!r} does not know its parameters: call it with model.named_parameters()")
+        return self._binding
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """As bound; the slot of a parameter has the same index."""
+        return self.binding.parameters
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.binding.slots
+
+    @property
+    def rank(self) -> int:
+        """This rank; 0 before the first exchange."""
+        return self._engine.transport.rank if self._engine else 0
+
+    @property
+    def size(self) -> int:
+        """How many ranks take part; 1 before the first exchange."""
+        return self._engine.transport.size if self._engine else 1
+
+    # Exchange
+
+    def attach(
+        self, transport: Transport, make_engine: Callable[..., Engine] = Engine, *, compressed_only: bool = False
+    ) -> Engine:
+        """Exchange over `transport` from now on; `make_engine(transport, plan)` runs the exchanges."""
+        plan = [index for index in range(len(self.slots)) if self.binding.compressed[index] or not compressed_only]
+        sizes = {index: self.parameters[index].numel() * self.parameters[index].element_size() for index in plan}
+        self.detach()
+        self._engine = make_engine(transport, cut(sizes, self.bucket_bytes))
+        for slot in self.slots:
+            slot.rank, slot.size = transport.rank, transport.size
+        if self._loaded:
+            state, resize = self._loaded
+            self._take_over(state, resize)
+            self._loaded = None
+            self.memory.rescale((self._loss_scale or 1.0) / (state["loss_scale"] or self._loss_scale or 1.0))
+        return self._engine
+
+    def detach(self) -> None:
+        """Drop the transport and what is under way on it, as when the ranks change; residuals, step and counts stay."""
+        if self._engine:
+            self._engine.close()
+        self._engine = None
+        self._drop_step()
+
+    def submit(self, index: int, gradient: Tensor) -> Ticket:
+        """Start the exchange of the gradient of parameter `index`; it must stay as it is until `finish`."""
+        assert self._engine is not None, "attach first"
+        self.settle()
+        slot = self.slots[index]
+        slot.step = self._step
+        return self._engine.submit(index, self._compressor_of(index, gradient).exchange(slot, gradient))
+
+    def finish(self, ticket: Ticket, like: Tensor, *, average: bool) -> Tensor:
+        """The sum or the mean over all ranks, in the shape and dtype of `like`; NaN if not finite on some rank."""
+        assert self._engine is not None, "attach first"
+        total = self._engine.finish(ticket)
+        self._finished = True
+        self._record(ticket.index, like, ticket.sent_bytes)
+        if total is None:
+            self._finite = False
+            return torch.full(like.shape, math.nan, dtype=like.dtype, device=like.device)
+        if average:
+            total = total / self.size
+        total = total.to(like.dtype) if like.is_sparse else total.view(like.shape).to(like.dtype)
+        self._watch(total)
+        return total
+
+    def _compressor_of(self, index: int, gradient: Tensor) -> Compressor:
+        if gradient.is_sparse:
+            return _SPARSE
+        return self.compressor if self.binding.compressed[index] else NONE
+
+    def settle(self) -> None:
+        """End the step whose gradients were finished, if any: residuals change, or stay if not all was finite."""
+        if not self._finished:
+            return
+        if self._finite:
+            self.memory.commit()
+        self._drop_step()
+        self._step += 1
+        self.telemetry.steps += 1
+
+    def _drop_step(self) -> None:
+        self.memory.discard()
+        self._finished, self._finite = False, True
+
+    def _watch(self, reduced: Tensor) -> None:
+        """Look for non-finite values in a tensor that is reduced, hence the same on every rank."""
+        if self.compressor.stateful:
+            values = reduced.coalesce().values() if reduced.is_sparse else reduced
+            # One pass: a sum in float64 is finite exactly if all values are, short of 1e308.
+            self._finite = self._finite and math.isfinite(float(values.sum(dtype=torch.float64)))
+
+    def _record(self, index: int, gradient: Tensor, sent_bytes: int) -> None:
+        raw_bytes = gradient.numel() * gradient.element_size()
+        compressed = self.binding.compressed[index]
+        self.telemetry.record(self.slots[index].name, raw_bytes, sent_bytes, compressed=compressed)
+
+    # State
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor that the loss, hence every gradient, is multiplied by: `torch.amp.GradScaler.get_scale()`.
+
+        Set it before each backward pass; when it changes, residuals change with it.
+        """
+        return self._loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float) -> None:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"loss_scale must be positive and finite: {scale}")
+        self.settle()
+        if self._loss_scale is not None and scale != self._loss_scale:
+            self.memory.rescale(scale / self._loss_scale)
+        self._loss_scale = scale
+
+    @property
+    def progress(self) -> Progress:
+        """What is the same on all ranks of what outlives a step."""
+        self.settle()
+        return self._step, self._loss_scale
+
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._step, self._loss_scale = progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals, and the step. Not collective; `gather_state_dict` is."""
+        if self._loaded:
+            return dict(self._loaded[0])
+        self.settle()
+        return {
+            "step": self._step,
+            "loss_scale": self._loss_scale,
+            "size": self.size,
+            "residuals": {self.rank: self.memory.state_dict()},
+        }
+
+    def gather_state_dict(self) -> dict[str, Any]:
+        """All ranks' residuals, and the step, for a checkpoint that one rank writes. To be called on every rank."""
+        state = self.state_dict()
+        if self._engine is None or self.size == 1:
+            return state
+        buffer = io.BytesIO()
+        torch.save(state["residuals"], buffer)
+        part = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        for theirs in self._engine.transport.allgather("hvd_compress.state", [part]).wait():
+            state["residuals"].update(torch.load(io.BytesIO(theirs.numpy().tobytes()), weights_only=True))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], *, resize: Literal["sum", "reset"] = "sum") -> None:
+        """Continue from `state`: of `gather_state_dict`, or of `state_dict` on the same rank.
+
+        resize: what to do when the number of ranks has changed: "sum" shares the sum of all residuals out equally,
+            "reset" starts with none, and says so.
+
+        Raises ValueError for residuals that fit no parameter, or that are not all there and would be needed; the latter
+        at the first exchange, when rank and size are known.
+        """
+        if resize not in ("sum", "reset"):
+            raise ValueError(f"resize must be 'sum' or 'reset': {resize!r}")
+        self._check_residuals(state["residuals"].values())
+        if self._engine:
+            self._take_over(state, resize)
+        else:
+            self._loaded = state, resize
+        self._drop_step()
+        self.progress = state["step"], state["loss_scale"]
+
+    def _check_residuals(self, of_ranks: Iterable[Mapping[str, Tensor]]) -> None:
+        numel = {slot.name: slot.shape.numel() for slot in self.slots}
+        for residuals in of_ranks:
+            for name, residual in residuals.items():
+                if residual.numel() != numel.get(name):
+                    raise ValueError(
+                        f"the state has a residual of {residual.numel()} elements for {name!r}; the parameters of this "
+                        f"compression have {numel.get(name, 'no such name')}"
+                    )
+
+    def _take_over(self, state: Mapping[str, Any], resize: str) -> None:
+        self.memory.load_state_dict(share(state["residuals"], state["size"], self.rank, self.size, resize))
+        if resize == "reset" and state["size"] != self.size and self.rank == 0:
+            _log.warning("residuals of %d ranks are dropped at %d, as resize='reset' asks", state["size"], self.size)

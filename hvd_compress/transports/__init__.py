@@ -1,0 +1,1 @@
+"""Who answers requests: Horovod, MPI, or N simulated ranks in one process."""

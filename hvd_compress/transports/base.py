@@ -1,0 +1,114 @@
+"""What the engine asks of a transport, and how requests of a kind are fused into one collective."""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import wire
+from ..requests import Allgather, Allreduce, Alltoall, Broadcast, ReduceOp, Request
+
+
+class Pending(abc.ABC):
+    """A collective under way."""
+
+    @abc.abstractmethod
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    @abc.abstractmethod
+    def wait(self) -> Any:
+        """The answer."""
+
+
+class _Then(Pending):
+    def __init__(self, pending: Pending, transform: Callable[[Any], Any]) -> None:
+        self._pending, self._transform = pending, transform
+
+    def ready(self) -> bool:
+        return self._pending.ready()
+
+    def wait(self) -> Any:
+        return self._transform(self._pending.wait())
+
+
+class Transport(abc.ABC):
+    """One rank's access to the others. The primitives move one flat tensor each; `post` fuses requests into them."""
+
+    rank: int
+    size: int
+
+    @abc.abstractmethod
+    def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
+        """Answer: the reduced tensor [n]; `tensor` may be overwritten."""
+
+    @abc.abstractmethod
+    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        """Answer: for every rank the concatenation of its uint8 parts, at an offset that is a multiple of 4."""
+
+    @abc.abstractmethod
+    def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
+        """Answer: the tensor [n] of rank `root`; `tensor` may be overwritten."""
+
+    @abc.abstractmethod
+    def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
+        """Answer: as of allgather, for the parts that every rank addressed to this one; `parts` is by destination."""
+
+    def is_current(self) -> bool:
+        """Whether this still is the set of ranks that it was made for."""
+        return True
+
+    def abort(self) -> None:
+        """End all ranks at once."""
+        raise NotImplementedError
+
+    def post(self, name: str, requests: Sequence[Request]) -> Pending:
+        """Start one collective for requests of one kind. Answer: their answers, in order."""
+        first = requests[0]
+        if isinstance(first, Allreduce):
+            flat, restore = _fuse([request.tensor for request in requests])  # type: ignore[union-attr]
+            return _Then(self.allreduce(name, flat, first.op), restore)
+        if isinstance(first, Broadcast):
+            flat, restore = _fuse([request.tensor for request in requests])  # type: ignore[union-attr]
+            return _Then(self.broadcast(name, flat, first.root), restore)
+        if isinstance(first, Allgather):
+            parts = [request.frame for request in requests]  # type: ignore[union-attr]
+            return _Then(self.allgather(name, parts), lambda buffers: _frames(buffers, len(requests)))
+        assert isinstance(first, Alltoall)
+        by_destination = list(zip(*(request.frames for request in requests)))  # type: ignore[union-attr]
+        return _Then(self.alltoall(name, by_destination), lambda buffers: _frames(buffers, len(requests)))
+
+    def gather_objects(self, name: str, value: Any) -> Pending:
+        """Answer: every rank's JSON-serializable `value`, in rank order."""
+        pending = self.allgather(name, [_json_bytes(value)])
+        return _Then(pending, lambda buffers: [json.loads(buffer.numpy().tobytes()) for buffer in buffers])
+
+    def broadcast_object(self, value: Any, root: int) -> Any:
+        """The JSON-serializable `value` of rank `root`. Waits."""
+        return self.gather_objects("hvd_compress.object", value if self.rank == root else None).wait()[root]
+
+
+def _json_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _fuse(tensors: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """One flat copy of `tensors`, and the function that cuts such a tensor into their shapes."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def restore(fused: Tensor) -> list[Tensor]:
+        parts = fused.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+    return flat, restore
+
+
+def _frames(buffers: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """The frames of each of `count` requests, in rank order."""
+    by_rank = [wire.split(buffer, count, peer) for peer, buffer in enumerate(buffers)]
+    return [list(frames) for frames in zip(*by_rank)]

@@ -1,0 +1,134 @@
+"""mpi4py as a transport. MPI matches collectives by their order: all ranks must post them in the same one."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from ..requests import ReduceOp
+from .base import Pending, Transport
+
+CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
+_SPINS = 100  # polls before a waiting thread starts to sleep: MPI's own wait would take the core from the computation
+_SLEEP_SECONDS = 1e-4
+
+_OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
+_TORCH_OPS: dict[ReduceOp, Callable[..., Tensor]] = {
+    ReduceOp.SUM: torch.add,
+    ReduceOp.MAX: torch.maximum,
+    ReduceOp.MIN: torch.minimum,
+}
+
+
+class _MPIPending(Pending):
+    """Several MPI requests; holds their buffers until the last is done."""
+
+    def __init__(self, requests: Sequence[MPI.Request], answer: Callable[[], Any], buffers: object) -> None:
+        self._requests, self._answer, self._buffers = list(requests), answer, buffers
+
+    def ready(self) -> bool:
+        return MPI.Request.Testall(self._requests)
+
+    def wait(self) -> Any:
+        for spin in itertools.count():
+            if self.ready():
+                break
+            if spin > _SPINS:
+                time.sleep(_SLEEP_SECONDS)
+        self._buffers = None
+        return self._answer()
+
+
+class MPITransport(Transport):
+    """The ranks of a duplicate of `comm`, so that the program's own traffic cannot be mistaken for this."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm.Dup()
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self._half_ops: dict[ReduceOp, MPI.Op] = {}
+
+    def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
+        reduced = tensor.cpu()  # in place: fused tensors are copies already
+        half = reduced.dtype == torch.float16
+        array = reduced.view(torch.int16).numpy() if half else reduced.numpy()
+        mpi_op = self._half_op(op) if half else _OPS[op]
+        requests = [self.comm.Iallreduce(MPI.IN_PLACE, chunk, mpi_op) for chunk in _chunks(array)]
+        return _MPIPending(requests, lambda: reduced.to(tensor.device), array)
+
+    def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
+        received = tensor.cpu().contiguous()
+        array = received.view(torch.uint8).numpy()
+        requests = [self.comm.Ibcast(chunk, root) for chunk in _chunks(array)]
+        return _MPIPending(requests, lambda: received.to(tensor.device), array)
+
+    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        mine = _joined(parts)
+        lengths = np.empty(self.size, dtype=np.int64)
+        self.comm.Allgather(np.array([mine.size], dtype=np.int64), lengths)
+        requests, rounds = [], []
+        for start, step in self._rounds(int(lengths.max())):
+            landing, counts = _landing(lengths, start, step)
+            requests.append(self.comm.Iallgatherv(mine[start : start + step], [landing, counts]))
+            rounds.append((landing, counts))
+        return _MPIPending(requests, lambda: _by_rank(rounds), mine)
+
+    def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
+        outgoing = [_joined(destination) for destination in parts]
+        lengths = np.empty(self.size, dtype=np.int64)
+        self.comm.Alltoall(np.array([buffer.size for buffer in outgoing], dtype=np.int64), lengths)
+        longest = self.comm.allreduce(int(lengths.max()), MPI.MAX)
+        requests, rounds, held = [], [], []
+        for start, step in self._rounds(longest):
+            landing, counts = _landing(lengths, start, step)
+            pieces = [buffer[start : start + step] for buffer in outgoing]
+            held.append(np.concatenate(pieces))
+            requests.append(self.comm.Ialltoallv([held[-1], [piece.size for piece in pieces]], [landing, counts]))
+            rounds.append((landing, counts))
+        return _MPIPending(requests, lambda: _by_rank(rounds), held)
+
+    def abort(self) -> None:
+        self.comm.Abort(1)
+
+    def _rounds(self, longest: int) -> list[tuple[int, int]]:
+        """(start, step) of the rounds, at least one, that move messages of up to `longest` bytes a rank."""
+        step = max(CHUNK_BYTES // self.size, 1)
+        return [(start, step) for start in range(0, max(longest, 1), step)]
+
+    def _half_op(self, op: ReduceOp) -> MPI.Op:
+        """MPI knows no float16: reduce it by a function of ours."""
+        if op not in self._half_ops:
+
+            def reduce(incoming: Any, inout: Any, datatype: MPI.Datatype) -> None:
+                a = torch.frombuffer(incoming, dtype=torch.float16)
+                b = torch.frombuffer(inout, dtype=torch.float16)
+                _TORCH_OPS[op](a, b, out=b)
+
+            self._half_ops[op] = MPI.Op.Create(reduce, commute=True)
+        return self._half_ops[op]
+
+
+def _joined(parts: Sequence[Tensor]) -> np.ndarray:
+    return np.concatenate([part.numpy() for part in parts]) if parts else np.empty(0, dtype=np.uint8)
+
+
+def _chunks(array: np.ndarray) -> list[np.ndarray]:
+    step = max(CHUNK_BYTES // array.itemsize, 1)
+    return [array[start : start + step] for start in range(0, array.size, step)]
+
+
+def _landing(lengths: np.ndarray, start: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """A buffer for the bytes [start, start + step) of every rank's message, and how many those are."""
+    counts = np.clip(lengths - start, 0, step)
+    return np.empty(counts.sum(), dtype=np.uint8), counts
+
+
+def _by_rank(rounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Tensor]:
+    pieces = zip(*(np.split(landing, np.cumsum(counts)[:-1]) for landing, counts in rounds))
+    return [torch.from_numpy(of_rank[0] if len(of_rank) == 1 else np.concatenate(of_rank)) for of_rank in pieces]
