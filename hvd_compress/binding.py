@@ -36,9 +36,17 @@ class Binding:
             Slot(name, index, parameter.shape, seed=seed, memory=memory)
             for index, (name, parameter) in enumerate(pairs)
         ]
-        # Adding up what is sent costs nothing extra, so that no tensor is too small for it.
-        smallest = -1 if isinstance(compressor, SummedCompressor) else min_numel
-        self.compressed = [_is_worth_it(name, p, smallest, exclude) for name, p in pairs]
+        if isinstance(compressor, SummedCompressor):  # costs nothing extra, so that no tensor is too small for it
+            dimensions = min_numel = 0
+        else:  # biases and the like are not worth it; but where all parameters are flat vectors, these are the model
+            dimensions = 2 if any(p.dim() > 1 for p in self.parameters) else 1
+        self.compressed = [
+            p.is_floating_point()
+            and p.dim() >= dimensions
+            and p.numel() >= max(min_numel, 1)
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+            for name, p in pairs
+        ]
         self._next: dict[int, int] = {}  # whose hook came after whose
         self._last = -1
 
@@ -99,9 +107,3 @@ def _check(pairs: Sequence[tuple[str, Tensor]], exclude: Collection[str]) -> Non
     for pattern in exclude:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"exclude={pattern!r} matches no parameter; their names are {', '.join(names)}")
-
-
-def _is_worth_it(name: str, parameter: Tensor, min_numel: int, exclude: Sequence[str]) -> bool:
-    if not parameter.is_floating_point() or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-        return False
-    return min_numel < 0 or (parameter.dim() > 1 and parameter.numel() >= max(min_numel, 1))

@@ -36,7 +36,7 @@ class GradientCompression(Session):
     rank must make it alike: same options, same parameters in the same order.
 
     named_parameters: (name, parameter) pairs, as of `model.named_parameters()`.
-    min_numel: smaller tensors are not compressed, nor are those with one dimension.
+    min_numel: smaller tensors are not compressed, nor are those with one dimension, unless all have one.
     exclude: names, or patterns in the style of `fnmatch`, of parameters that are not compressed.
     seed: of the random numbers of stochastic compressors.
     process_set: the horovod.torch.ProcessSet that the optimizer reduces over; None for all ranks.
@@ -184,6 +184,8 @@ class GradientCompression(Session):
         self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
         engine = functools.partial(Engine, prefix=f"hvd_compress.{self._serial}")
         self.attach(transport, engine, compressed_only=True)
+        if transport.rank == 0 and not any(self.binding.compressed):
+            _log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
 
 
 def _mark(rank: int) -> float:

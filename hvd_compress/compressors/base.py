@@ -57,7 +57,7 @@ class SummedCompressor(Compressor):
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         total: Tensor = yield Allreduce(self.summand(gradient))
-        return total.to(torch.float32 if gradient.dtype != torch.float64 else torch.float64).view(-1)
+        return total.to(torch.float32 if gradient.dtype != torch.float64 else torch.float64).reshape(-1)
 
 
 class SparsifyingCompressor(Compressor):

@@ -36,7 +36,8 @@ class SparseGatherer(Compressor):
         ]
         indices = torch.cat([indices for indices, _ in everyone], dim=1)
         values = torch.cat([values for _, values in everyone])
-        return torch.sparse_coo_tensor(indices, values, slot.shape, device=gradient.device).coalesce()
+        total = torch.sparse_coo_tensor(indices, values, slot.shape, device=gradient.device, check_invariants=False)
+        return total.coalesce()
 
 
 def _decode(frame: wire.Frame, slot: Slot, dimensions: int) -> tuple[Tensor, Tensor]:
