@@ -105,11 +105,11 @@ class Engine:
         arrived = self._arrived.setdefault(number, set())
         if index in arrived:
             raise RuntimeError(f"parameter {index} was handed in twice before its gradient was synchronized")
-        arrived.add(index)
         late = index not in self._expected[number]  # travels in a bucket of its own, sent at the flush
         key = f"{self._prefix}.{number}{'.late' if late else ''}"
         bucket = self._open.setdefault(key, Bucket(key, self.transport))
         ticket = bucket.tickets[index] = Ticket(index, exchange, bucket)
+        arrived.add(index)
         if not late and bucket.tickets.keys() == self._expected[number]:
             self._launch(self._open.pop(key))
         self.poll()
@@ -152,9 +152,9 @@ class Engine:
 def cut(sizes: dict[int, int], bucket_bytes: int) -> list[list[int]]:
     """Cut parameters, {index: bytes}, into buckets of about `bucket_bytes`, the last parameter first."""
     plan: list[list[int]] = []
-    filled = bucket_bytes
+    filled = 0
     for index in sorted(sizes, reverse=True):
-        if filled + sizes[index] > bucket_bytes:
+        if not plan or filled + sizes[index] > bucket_bytes:
             plan.append([])
             filled = 0
         plan[-1].append(index)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .log import log
 from .transports.base import Pending, Transport
 
-_log = logging.getLogger("hvd_compress")
 _WARNING_SECONDS = 10.0
 
 Description = dict[str, Any]  # JSON-serializable; what must be equal on all ranks
@@ -69,7 +68,7 @@ def _wait(pending: Pending, rank: int) -> None:
     while not pending.ready():
         if time.monotonic() > deadline:
             deadline = float("inf")
-            _log.warning(
+            log.warning(
                 "rank %d has waited %.0f s for the other ranks to make their first exchange. If this lasts: do all "
                 "ranks pass the same compression=, and does it have the process_set= of the optimizer?",
                 rank,

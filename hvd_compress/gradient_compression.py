@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from . import fingerprint
 from .binding import Binding, NamedParameters, parameters_of_optimizer
 from .compressors import Compressor, SummedCompressor
 from .engine import Engine
+from .log import SINGLE_RANK, log, warn_once
 from .session import NONE, Progress, Session
 from .version import __version__
-
-_log = logging.getLogger("hvd_compress")
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ class GradientCompression(Session):
         engine = functools.partial(Engine, prefix=f"hvd_compress.{self._serial}")
         self.attach(transport, engine, compressed_only=True)
         if transport.rank == 0 and not any(self.binding.compressed):
-            _log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
+            log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
 
 
 def _mark(rank: int) -> float:
@@ -193,13 +191,8 @@ def _mark(rank: int) -> float:
     return 1.0 + pow(7, rank, 97)
 
 
-_said_single_rank = False
-
-
 def _say_if_single_rank() -> None:
     """Horovod calls no compression at one rank, so there is no later moment to say it."""
-    global _said_single_rank
     hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized() and hvd.size() == 1 and not _said_single_rank:
-        _said_single_rank = True
-        _log.warning("Horovod runs with one rank: there is nothing to exchange, so nothing is compressed")
+    if hvd is not None and hvd.is_initialized() and hvd.size() == 1:
+        warn_once(SINGLE_RANK)

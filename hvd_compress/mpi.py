@@ -6,7 +6,6 @@ import enum
 import functools
 import io
 import itertools
-import logging
 import sys
 import time
 import warnings
@@ -25,10 +24,10 @@ from .binding import NamedParameters
 from .compression import Compression
 from .engine import Ticket
 from .gradient_compression import GradientCompression
+from .log import SINGLE_RANK, log, warn_once
 from .ordered_engine import OrderedEngine
 from .transports.mpi import CHUNK_BYTES, MPITransport
 
-_log = logging.getLogger("hvd_compress")
 _GRACE_SECONDS = 1.0  # for the other ranks to print what they have to say before the job is aborted
 
 
@@ -100,9 +99,9 @@ class _DistributedMixin(torch.optim.Optimizer):
         transport = MPITransport(comm)
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         if not threaded and transport.size > 1 and transport.rank == 0:
-            _log.warning("MPI provides no MPI_THREAD_MULTIPLE: gradients are exchanged after backward, not during it")
+            log.warning("MPI provides no MPI_THREAD_MULTIPLE: gradients are exchanged after backward, not during it")
         if transport.size == 1:
-            _log.warning("there is one rank: nothing to exchange, so nothing is compressed")
+            warn_once(SINGLE_RANK)
         compression.delist()
         fingerprint.check(transport, "hvd_compress.check", {"0": compression.description()})
         compression.attach(transport, functools.partial(OrderedEngine, threaded=threaded and transport.size > 1))

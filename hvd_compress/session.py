@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Union
@@ -14,11 +13,10 @@ from torch import Tensor
 from .binding import Binding
 from .compressors import Compressor, NoneCompressor, Slot, SparseGatherer
 from .engine import Engine, Ticket, cut
+from .log import log
 from .memory import ErrorFeedback, share
 from .telemetry import Telemetry
 from .transports.base import Transport
-
-_log = logging.getLogger("hvd_compress")
 
 Progress = tuple[int, Union[float, None]]  # steps, loss scale
 
@@ -240,4 +238,4 @@ class Session:
     def _take_over(self, state: Mapping[str, Any], resize: str) -> None:
         self.memory.load_state_dict(share(state["residuals"], state["size"], self.rank, self.size, resize))
         if resize == "reset" and state["size"] != self.size and self.rank == 0:
-            _log.warning("residuals of %d ranks are dropped at %d, as resize='reset' asks", state["size"], self.size)
+            log.warning("residuals of %d ranks are dropped at %d, as resize='reset' asks", state["size"], self.size)

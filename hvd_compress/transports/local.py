@@ -90,7 +90,7 @@ class LocalTransport(Transport):
         self.world, self.rank, self.size = world, rank, size
 
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
-        return self._post(name, tensor, lambda tensors: reduce(_OPS[op], tensors), Tensor.clone)
+        return self._post(name, tensor, lambda tensors: reduce(_OPS[op], _alike(tensors)), Tensor.clone)
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
         return self._post(name, _joined(parts), lambda buffers: buffers, list)
@@ -105,6 +105,12 @@ class LocalTransport(Transport):
     def _post(self, name: str, value: Any, combine: Callable[[list[Any]], Any], pick: Callable[[Any], Any]) -> Pending:
         self.world.post(name, self.rank, value)
         return _LocalPending(self.world, self.rank, name, combine, pick)
+
+
+def _alike(tensors: list[Tensor]) -> list[Tensor]:
+    if len({(tensor.shape, tensor.dtype) for tensor in tensors}) > 1:
+        raise RuntimeError(f"ranks reduce tensors of shapes {[tuple(tensor.shape) for tensor in tensors]}")
+    return tensors
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
