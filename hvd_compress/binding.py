@@ -102,8 +102,10 @@ def _check(pairs: Sequence[tuple[str, Tensor]], exclude: Collection[str]) -> Non
     seen: set[str] = set()
     if twice := [name for name in names if name in seen or seen.add(name)]:  # type: ignore[func-returns-value]
         raise ValueError(f"named_parameters names more than one parameter {', '.join(twice)}")
-    if len({id(parameter) for _, parameter in pairs}) < len(pairs):
-        raise ValueError("named_parameters has a parameter under two names: leave out one of them")
+    names_of: dict[int, str] = {}
+    for name, parameter in pairs:
+        if (first := names_of.setdefault(id(parameter), name)) != name:
+            raise ValueError(f"one parameter is under two names, {first!r} and {name!r}: leave out one of them")
     for pattern in exclude:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"exclude={pattern!r} matches no parameter; their names are {', '.join(names)}")

@@ -8,12 +8,18 @@ from .binding import NamedParameters
 from .compressors import (
     AdaCompCompressor,
     BF16Compressor,
+    Compressor,
     FP16Compressor,
     NoneCompressor,
     TernGradCompressor,
     TopKCompressor,
 )
 from .gradient_compression import GradientCompression
+
+
+def _bound(compressor: Compressor, named_parameters: NamedParameters, options: dict[str, Any]) -> GradientCompression:
+    # No parameters (None) is not the same as no parameters yet.
+    return GradientCompression(compressor, () if named_parameters is None else named_parameters, **options)
 
 
 class _Unbound:
@@ -53,7 +59,7 @@ class Compression:
         share_scaler: one scaler for all ranks, at the price of one more small round.
         """
         compressor = TernGradCompressor(clip_sigma=clip_sigma, share_scaler=share_scaler)
-        return GradientCompression(compressor, named_parameters, **options)
+        return _bound(compressor, named_parameters, options)
 
     @staticmethod
     def adacomp(
@@ -63,7 +69,7 @@ class Compression:
 
         bin_size: None for 50 in convolutions and 500 elsewhere.
         """
-        return GradientCompression(AdaCompCompressor(bin_size=bin_size), named_parameters, **options)
+        return _bound(AdaCompCompressor(bin_size=bin_size), named_parameters, options)
 
     @staticmethod
     def topk(named_parameters: NamedParameters, *, density: float = 0.01, **options: Any) -> GradientCompression:
@@ -71,4 +77,4 @@ class Compression:
 
         density: in (0, 1].
         """
-        return GradientCompression(TopKCompressor(density=density), named_parameters, **options)
+        return _bound(TopKCompressor(density=density), named_parameters, options)

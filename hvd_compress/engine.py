@@ -48,6 +48,7 @@ class Bucket:
         self.finished = threading.Event()
         self._transport = transport
         self._round = 0
+        self._failure: BaseException | None = None
         self._pending: list[tuple[Sequence[Ticket], Pending]] = []
 
     def post(self) -> None:
@@ -68,13 +69,19 @@ class Bucket:
 
     def advance(self, *, block: bool) -> None:
         """Take the answers of this round and post the next, if they are there or once they are."""
+        if self._failure:
+            raise self._failure
         if not self._pending or not (block or all(pending.ready() for _, pending in self._pending)):
             return
-        answered = [(tickets, pending.wait()) for tickets, pending in self._pending]
-        for tickets, answers in answered:
-            for ticket, answer in zip(tickets, answers):
-                ticket.advance(answer)
-        self.post()
+        try:
+            answered = [(tickets, pending.wait()) for tickets, pending in self._pending]
+            for tickets, answers in answered:
+                for ticket, answer in zip(tickets, answers):
+                    ticket.advance(answer)
+            self.post()
+        except BaseException as error:  # stays the error of all who ask for a gradient of this bucket
+            self._failure = error
+            raise
 
     def run(self) -> None:
         """Post and finish all rounds."""

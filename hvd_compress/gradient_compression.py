@@ -19,6 +19,8 @@ from .log import SINGLE_RANK, log, warn_once
 from .session import NONE, Progress, Session
 from .version import __version__
 
+_COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes")
+
 
 @dataclass(frozen=True)
 class _AddedUp:
@@ -79,15 +81,15 @@ class GradientCompression(Session):
         """Bind what is not bound yet, as in `Compression.bf16(model.named_parameters(), min_numel=4096)`."""
         if self.bound:
             raise TypeError(f"{self!r} is bound to its parameters already")
-        return GradientCompression(self.compressor, named_parameters, **options)
+        common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
+        return GradientCompression(self.compressor, named_parameters, **(common | options))
 
     @property
     def _name(self) -> str:
         return type(self.compressor).__name__.removesuffix("Compressor").lower()
 
     def _options(self) -> dict[str, Any]:
-        common = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes")
-        return self.compressor.options() | {name: getattr(self, name) for name in common}
+        return self.compressor.options() | {name: getattr(self, name) for name in _COMMON_OPTIONS}
 
     def _bind(self, named_parameters: NamedParameters) -> None:
         self._binding = Binding(

@@ -44,10 +44,10 @@ class OrderedEngine(Engine):
         self._runner.launch(bucket)
 
     def _complete(self, ticket: Ticket) -> None:
-        while not ticket.bucket.finished.wait(timeout=1.0) and not self._runner.failure:
-            pass
-        if self._runner.failure:
-            raise self._runner.failure
+        while not ticket.done:
+            if self._runner.failure:
+                raise self._runner.failure
+            ticket.bucket.finished.wait(timeout=0.1)
 
 
 class _Interval:
@@ -85,6 +85,7 @@ class _Runner:
 
     def __init__(self, transport: Transport, threaded: bool) -> None:
         self.failure: BaseException | None = None
+        self._closed = False
         self._transport = transport
         self._order: list[str] = []
         self._interval = _Interval()
@@ -95,6 +96,8 @@ class _Runner:
             self._thread.start()
 
     def launch(self, bucket: Bucket) -> None:
+        if self._closed:
+            raise RuntimeError("this engine is closed: attach the compression to a transport again")
         self._interval.add(bucket)
 
     def flush(self) -> None:
@@ -106,6 +109,7 @@ class _Runner:
             self._attempt(interval)
 
     def close(self) -> None:
+        self._closed = True
         if self._thread:
             self._queue.put(None)
             self._interval.flush()
