@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Roll:
     serials: itertools.count[int] = field(default_factory=itertools.count)
     unchecked: dict[int, Description] = field(default_factory=dict)
     checks: int = 0
+    members: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def check(self, transport: Transport) -> None:
         """Compare, over all ranks, all that was made and not yet compared.

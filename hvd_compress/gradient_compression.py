@@ -68,6 +68,7 @@ class GradientCompression(Session):
         if named_parameters is not None:
             self._bind(named_parameters)
         self._roll = fingerprint.roll(process_set)
+        self._roll.members.add(self)
         self._serial = next(self._roll.serials)
         self._enlist()
         self._mark = self._mean_mark = 0.0
@@ -115,6 +116,9 @@ class GradientCompression(Session):
         """Take this off the list of what Horovod's ranks compare, for whoever compares it elsewhere."""
         self._roll.unchecked.pop(self._serial, None)
 
+    def _is_stale(self) -> bool:
+        return self._engine is not None and not self._engine.transport.is_current()
+
     def rejoin(self, progress: Progress) -> None:
         """Start anew on a changed set of ranks, which all compare what they have again; residuals stay."""
         self.detach()
@@ -132,8 +136,10 @@ class GradientCompression(Session):
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
             return self.compressor.summand(tensor), _AddedUp(tensor.dtype)
-        if self._finished and self._engine and not self._engine.transport.is_current():
-            self.rejoin(self.progress)  # elastic Horovod does not tell when ranks only leave
+        if self._finished and self._is_stale():  # elastic Horovod does not tell when ranks only leave
+            for member in list(self._roll.members):  # all at once, as they are compared
+                if member._is_stale():
+                    member.rejoin(member.progress)
         if self._engine is None:
             self._connect()
         index = self.binding.identify(tensor)
@@ -153,6 +159,8 @@ class GradientCompression(Session):
         """Called by Horovod with what it added up: finish the exchange, and return the aggregated gradient."""
         if isinstance(context, tuple):
             ticket, gradient = context
+            assert self._engine is not None
+            self._engine.finish(ticket)  # first: it may know better than the carrier what is wrong
             return self.finish(ticket, gradient, average=self._is_average(tensor))
         self._finished = True
         self._watch(tensor)
@@ -162,7 +170,7 @@ class GradientCompression(Session):
     def _is_average(self, carrier: Tensor) -> bool:
         """Whether Horovod averaged or summed; raises RuntimeError if it did neither, or over other ranks than ours."""
         one, mark = carrier.tolist()
-        if abs(mark - one * self._mean_mark) < 0.01 * one * self._mean_mark:  # factors and half precision may round
+        if abs(mark - one * self._mean_mark) < 0.005 * one * self._mean_mark:  # factors and half precision may round
             if abs(one - 1) < 0.25:
                 return True
             if abs(one - self.size) < 0.25 * self.size:
@@ -190,7 +198,7 @@ class GradientCompression(Session):
 
 def _mark(rank: int) -> float:
     """A small number, exact in float16, whose mean over one set of ranks is hardly that over another."""
-    return 1.0 + pow(7, rank, 97)
+    return 1.0 + pow(7, rank, 97) / 64
 
 
 def _say_if_single_rank() -> None:

@@ -113,6 +113,8 @@ class _Runner:
         if self._thread:
             self._queue.put(None)
             self._interval.flush()
+            if self._thread is threading.current_thread():  # the garbage collector runs in any
+                return
             self._thread.join(_CLOSING_SECONDS)
             if self._thread.is_alive():  # in a collective that the other ranks will not join, or this one has left
                 self._transport.abort()

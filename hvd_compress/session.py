@@ -82,14 +82,13 @@ class Session:
         plan = [index for index in range(len(self.slots)) if self.binding.compressed[index] or not compressed_only]
         sizes = {index: self.parameters[index].numel() * self.parameters[index].element_size() for index in plan}
         self.detach()
-        self._engine = make_engine(transport, cut(sizes, self.bucket_bytes))
+        if self._loaded:
+            self._take_over(*self._loaded, transport.rank, transport.size)
+            self.memory.rescale((self._loss_scale or 1.0) / (self._loaded[0]["loss_scale"] or self._loss_scale or 1.0))
+            self._loaded = None
         for slot in self.slots:
             slot.rank, slot.size = transport.rank, transport.size
-        if self._loaded:
-            state, resize = self._loaded
-            self._take_over(state, resize)
-            self._loaded = None
-            self.memory.rescale((self._loss_scale or 1.0) / (state["loss_scale"] or self._loss_scale or 1.0))
+        self._engine = make_engine(transport, cut(sizes, self.bucket_bytes))
         return self._engine
 
     def detach(self) -> None:
@@ -219,7 +218,7 @@ class Session:
             raise ValueError(f"resize must be 'sum' or 'reset': {resize!r}")
         self._check_residuals(state["residuals"].values())
         if self._engine:
-            self._take_over(state, resize)
+            self._take_over(state, resize, self.rank, self.size)
         else:
             self._loaded = state, resize
         self._drop_step()
@@ -235,7 +234,7 @@ class Session:
                         f"compression have {numel.get(name, 'no such name')}"
                     )
 
-    def _take_over(self, state: Mapping[str, Any], resize: str) -> None:
-        self.memory.load_state_dict(share(state["residuals"], state["size"], self.rank, self.size, resize))
-        if resize == "reset" and state["size"] != self.size and self.rank == 0:
-            log.warning("residuals of %d ranks are dropped at %d, as resize='reset' asks", state["size"], self.size)
+    def _take_over(self, state: Mapping[str, Any], resize: str, rank: int, size: int) -> None:
+        self.memory.load_state_dict(share(state["residuals"], state["size"], rank, size, resize))
+        if resize == "reset" and state["size"] != size and rank == 0:
+            log.warning("residuals of %d ranks are dropped at %d, as resize='reset' asks", state["size"], size)

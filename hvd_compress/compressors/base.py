@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -131,9 +131,7 @@ def gather_sum(
     numel = gradient.numel()
     sent = wire.Frame(compressor.algorithm, gradient.dtype, slot.rank, slot.index, rate, numel, payload, flags)
     answers: list[Tensor] = yield Allgather(wire.pack(sent))
-    if len(answers) != slot.size:
-        raise wire.WireError(len(answers), slot.name, f"frames of {slot.size} ranks", f"{len(answers)}")
-    frames = [expect(sent, wire.unpack(answer, peer, slot.name), peer, slot) for peer, answer in enumerate(answers)]
+    frames = unpack(sent, answers, slot)
     if not all(frame.finite for frame in frames):
         return None
     total = torch.zeros(numel, dtype=torch.float32, device=gradient.device)
@@ -162,15 +160,20 @@ def decode_dense(frame: wire.Frame) -> Tensor:
     return frame.payload.clone().view(frame.dtype).to(torch.float32)  # a copy: float64 needs 8-byte alignment
 
 
-def expect(sent: wire.Frame, frame: wire.Frame, peer: int, slot: Slot) -> wire.Frame:
-    for what, expected, found in (
-        ("sender", peer, frame.sender),
-        ("parameter index", slot.index, frame.parameter),
-        ("algorithm id", sent.algorithm, frame.algorithm),
-        ("dtype", sent.dtype, frame.dtype),
-        ("element count", sent.numel, frame.numel),
-        ("rate", wire.rounded(sent.rate), frame.rate),
-    ):
-        if expected != found:
-            raise wire.WireError(peer, slot.name, f"{what} {expected}", found)
-    return frame
+def unpack(sent: wire.Frame, answers: Sequence[Tensor], slot: Slot) -> list[wire.Frame]:
+    """The frames that all ranks sent where this one sent `sent`. Raises WireError for any other."""
+    if len(answers) != slot.size:
+        raise wire.WireError(len(answers), slot.name, f"frames of {slot.size} ranks", f"{len(answers)}")
+    frames = [wire.unpack(answer, peer, slot.name) for peer, answer in enumerate(answers)]
+    for peer, frame in enumerate(frames):
+        for what, expected, found in (
+            ("sender", peer, frame.sender),
+            ("parameter index", slot.index, frame.parameter),
+            ("algorithm id", sent.algorithm, frame.algorithm),
+            ("dtype", sent.dtype, frame.dtype),
+            ("element count", sent.numel, frame.numel),
+            ("rate", wire.rounded(sent.rate), frame.rate),
+        ):
+            if expected != found:
+                raise wire.WireError(peer, slot.name, f"{what} {expected}", found)
+    return frames

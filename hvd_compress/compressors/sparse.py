@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import wire
 from ..requests import Allgather, Exchange
-from .base import Compressor, Slot, expect
+from .base import Compressor, Slot, unpack
 
 _COUNTS = struct.Struct("<QQ")  # sparse dimensions, entries
 
@@ -30,10 +30,7 @@ class SparseGatherer(Compressor):
         )
         sent = wire.Frame(self.algorithm, gradient.dtype, slot.rank, slot.index, 0.0, gradient.numel(), payload)
         answers: list[Tensor] = yield Allgather(wire.pack(sent))
-        everyone = [
-            _decode(expect(sent, wire.unpack(answer, peer, slot.name), peer, slot), slot, gradient.sparse_dim())
-            for peer, answer in enumerate(answers)
-        ]
+        everyone = [_decode(frame, slot, gradient.sparse_dim()) for frame in unpack(sent, answers, slot)]
         indices = torch.cat([indices for indices, _ in everyone], dim=1)
         values = torch.cat([values for _, values in everyone])
         total = torch.sparse_coo_tensor(indices, values, slot.shape, device=gradient.device, check_invariants=False)
