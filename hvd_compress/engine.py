@@ -122,6 +122,11 @@ class Engine:
         self.poll()
         return ticket
 
+    @property
+    def collecting(self) -> bool:
+        """Whether anything was submitted since the last flush."""
+        return bool(self._arrived)
+
     def poll(self) -> None:
         """Advance what can be advanced without waiting."""
         for bucket in self._running:
@@ -138,7 +143,7 @@ class Engine:
 
     def finish(self, ticket: Ticket) -> Tensor | None:
         """Wait for the sum over the ranks, float32 [numel]; None when the gradient of any rank is not finite."""
-        if self._arrived:
+        if self.collecting:
             self.flush()
         self._complete(ticket)
         return ticket.total

@@ -36,9 +36,9 @@ class Roll:
         All at once because hooks fire in another order on every rank: each may need another compression first.
         """
         mine = {str(serial): description for serial, description in self.unchecked.items()}
-        check(transport, f"hvd_compress.check.{self.checks}", mine)
         self.checks += 1
         self.unchecked.clear()
+        check(transport, f"hvd_compress.check.{self.checks}", mine)
 
 
 # Per set of ranks, because the number of a compression is part of the names of its collectives. Filled as compressions

@@ -117,7 +117,7 @@ class GradientCompression(Session):
         self._roll.unchecked.pop(self._serial, None)
 
     def _is_stale(self) -> bool:
-        return self._engine is not None and not self._engine.transport.is_current()
+        return self._engine is not None and not self._engine.collecting and not self._engine.transport.is_current()
 
     def rejoin(self, progress: Progress) -> None:
         """Start anew on a changed set of ranks, which all compare what they have again; residuals stay."""
@@ -136,7 +136,7 @@ class GradientCompression(Session):
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
             return self.compressor.summand(tensor), _AddedUp(tensor.dtype)
-        if self._finished and self._is_stale():  # elastic Horovod does not tell when ranks only leave
+        if self._is_stale():  # elastic Horovod does not tell when ranks only leave
             for member in list(self._roll.members):  # all at once, as they are compared
                 if member._is_stale():
                     member.rejoin(member.progress)
@@ -144,7 +144,9 @@ class GradientCompression(Session):
             self._connect()
         index = self.binding.identify(tensor)
         self.settle()
-        compressor = self._compressor_of(index, tensor) if self.size > 1 else NONE
+        # Horovod reduces zeros for a parameter that is frozen meanwhile; its residual must not move it.
+        nothing = self.size == 1 or not self.parameters[index].requires_grad
+        compressor = NONE if nothing else self._compressor_of(index, tensor)
         if isinstance(compressor, SummedCompressor):
             summand = compressor.summand(tensor)
             self._record(index, tensor, summand.numel() * summand.element_size())

@@ -81,6 +81,7 @@ class Session:
         """Exchange over `transport` from now on; `make_engine(transport, plan)` runs the exchanges."""
         plan = [index for index in range(len(self.slots)) if self.binding.compressed[index] or not compressed_only]
         sizes = {index: self.parameters[index].numel() * self.parameters[index].element_size() for index in plan}
+        self.settle()
         self.detach()
         if self._loaded:
             self._take_over(*self._loaded, transport.rank, transport.size)

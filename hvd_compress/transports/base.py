@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import Tensor
 
 from .. import wire
 from ..requests import Allgather, Allreduce, Alltoall, Broadcast, ReduceOp, Request
+
+_POLLS = 100  # before a thread that waits starts to sleep
+_SLEEP_SECONDS = 1e-4
 
 
 class Pending(abc.ABC):
@@ -24,6 +29,14 @@ class Pending(abc.ABC):
     @abc.abstractmethod
     def wait(self) -> Any:
         """The answer."""
+
+    def sleep_until_ready(self) -> None:
+        """Poll, and leave the core to others between polls: Horovod's and MPI's own waits keep it busy."""
+        for poll in itertools.count():
+            if self.ready():
+                return
+            if poll > _POLLS:
+                time.sleep(_SLEEP_SECONDS)
 
 
 class _Then(Pending):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class _HorovodPending(Pending):
 
     def wait(self) -> Any:
         try:
+            self.sleep_until_ready()
             return self._transform(hvd.synchronize(self._handle))
         except HorovodInternalError as error:
             if "join" in str(error).lower():
@@ -51,6 +53,7 @@ class HorovodTransport(Transport):
                 "reduces gradients: give hvd.DistributedOptimizer and the compression the same process_set"
             )
         self.rank, self.size = self._set.rank(), self._set.size()
+        self._uses: Counter[str] = Counter()
         self.members: list[int] = list(self._set.ranks or range(self.size))  # their global ranks
 
     def is_current(self) -> bool:
@@ -60,18 +63,28 @@ class HorovodTransport(Transport):
         return _HorovodPending(hvd.allreduce_async_(tensor, name=name, op=_OPS[op], process_set=self._set), _same)
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        handle = hvd.allgather_async(_with_length(parts), name=name, process_set=self._set)
+        handle = hvd.allgather_async(_with_length(parts), name=self._new(name), process_set=self._set)
         return _HorovodPending(handle, _cut)
 
     def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
-        handle = hvd.broadcast_async_(tensor, root_rank=self.members[root], name=name, process_set=self._set)
+        root_rank = self.members[root]
+        handle = hvd.broadcast_async_(tensor, root_rank=root_rank, name=self._new(name), process_set=self._set)
         return _HorovodPending(handle, _same)
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
         buffers = [_with_length(destination) for destination in parts]
         splits = torch.tensor([buffer.numel() for buffer in buffers], dtype=torch.int32)
-        handle = hvd.alltoall_async(torch.cat(buffers), splits=splits, name=name, process_set=self._set)
+        handle = hvd.alltoall_async(torch.cat(buffers), splits=splits, name=self._new(name), process_set=self._set)
         return _HorovodPending(handle, lambda answer: _cut(answer[0]))
+
+    def _new(self, name: str) -> str:
+        """`name`, made different each time, so that Horovod negotiates this collective, as it may not be allowed.
+
+        When a rank has called hvd.join(), negotiating says so. A name that Horovod's response cache knows is not
+        negotiated: then the other ranks would wait for ever.
+        """
+        self._uses[name] += 1
+        return f"{name}.{self._uses[name]}"
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +14,6 @@ from ..requests import ReduceOp
 from .base import Pending, Transport
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
-_SPINS = 100  # polls before a waiting thread starts to sleep: MPI's own wait would take the core from the computation
-_SLEEP_SECONDS = 1e-4
 
 _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
 _TORCH_OPS: dict[ReduceOp, Callable[..., Tensor]] = {
@@ -37,11 +33,7 @@ class _MPIPending(Pending):
         return MPI.Request.Testall(self._requests)
 
     def wait(self) -> Any:
-        for spin in itertools.count():
-            if self.ready():
-                break
-            if spin > _SPINS:
-                time.sleep(_SLEEP_SECONDS)
+        self.sleep_until_ready()
         self._buffers = None
         return self._answer()
 
