@@ -38,4 +38,4 @@ def accuracy(model: nn.Module, test: TensorDataset) -> float:
     """Percent."""
     images, labels = test.tensors
     hits: Tensor = model(images).argmax(1) == labels
-    return 100 * hits.float().mean().item()
+    return 100 * hits.double().mean().item()

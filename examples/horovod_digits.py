@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-import digits
 import horovod.torch as hvd
 import torch
-from common import Report, Shard, check_equal, fingerprint, parse_options
 from torch.nn.functional import cross_entropy
 
+import digits
+from common import Shard, check_equal, fingerprint, parse_options
 from hvd_compress import Compression
+from report import Report
 
 
 def train(method: str, options: argparse.Namespace, report: Report) -> None:

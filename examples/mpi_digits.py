@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-import digits
 import torch
-from common import Report, Shard, check_equal, fingerprint, parse_options
 from mpi4py import MPI
 from torch.nn.functional import cross_entropy
 
+import digits
+from common import Shard, check_equal, fingerprint, parse_options
 from hvd_compress import Compression
 from hvd_compress.mpi import DistributedOptimizer, broadcast_parameters
+from report import Report
 
 comm = MPI.COMM_WORLD
 
@@ -23,8 +24,8 @@ def train(method: str, options: argparse.Namespace, report: Report) -> None:
     model = digits.make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
-    # Two lines make a script data-parallel, and these two compress: choose how, wrap the optimizer, such as
-    #     compression = Compression.adacomp(model.named_parameters())
+    # The lines that make a script data-parallel: a compression, such as Compression.adacomp(model.named_parameters()),
+    # the optimizer that takes it, and equal weights to start from.
     compression = getattr(Compression, method)(model.named_parameters())
     optimizer = DistributedOptimizer(optimizer, model.named_parameters(), compression)
     broadcast_parameters(model.state_dict())

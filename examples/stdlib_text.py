@@ -16,7 +16,7 @@ _WINDOW = 64
 
 
 class CharLM(nn.Module):
-    """237,000 parameters."""
+    """231,000 parameters, nine tenths of them in the LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,22 +29,22 @@ class CharLM(nn.Module):
         return self.output(self.lstm(self.embedding(text))[0]).transpose(1, 2)
 
 
-def load(train_characters: int = 800_000, test_characters: int = 100_000) -> tuple[TensorDataset, TensorDataset]:
-    """Windows of characters, and the same shifted by one; those of the test are from files that are not trained on."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+def load(train_characters: int = 600_000, test_characters: int = 50_000) -> tuple[TensorDataset, TensorDataset]:
+    """Windows of characters, and the same shifted by one; those to validate with are from files of their own."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     random.Random(0).shuffle(files)
     held_out = len(files) // 10
     return _windows(files[held_out:], train_characters), _windows(files[:held_out], test_characters)
 
 
 def _windows(files: list[Path], characters: int) -> TensorDataset:
-    text = b"".join(file.read_text("utf-8").encode("ascii", "replace") for file in files)[: characters + 1]
-    codes = torch.tensor(list(text))
-    usable = (len(codes) - 1) // _WINDOW * _WINDOW
-    return TensorDataset(codes[:usable].view(-1, _WINDOW), codes[1 : usable + 1].view(-1, _WINDOW))
+    text = b"".join(file.read_text("utf-8").encode("ascii", "replace") for file in files)
+    codes = torch.tensor(list(text[: characters + 1]))
+    whole = (len(codes) - 1) // _WINDOW * _WINDOW
+    return TensorDataset(codes[:whole].view(-1, _WINDOW), codes[1 : whole + 1].view(-1, _WINDOW))
 
 
 @torch.no_grad()
 def nats_per_character(model: nn.Module, test: TensorDataset) -> float:
-    losses = [cross_entropy(model(text[None]), following[None]).item() for text, following in test]
-    return sum(losses) / len(losses)
+    text, following = test.tensors
+    return cross_entropy(model(text), following).item()

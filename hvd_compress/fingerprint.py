@@ -25,8 +25,8 @@ class MismatchError(RuntimeError):
 class Roll:
     """The compressions made for one set of ranks, in the order in which the program made them."""
 
-    serials: itertools.count[int] = field(default_factory=itertools.count)
-    unchecked: dict[int, Description] = field(default_factory=dict)
+    unchecked: dict[int, Description] = field(default_factory=dict)  # by a number that grows as they are made
+    numbers: dict[int, int] = field(default_factory=dict)  # of those that were compared: the same on every rank
     checks: int = 0
     members: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
@@ -35,10 +35,17 @@ class Roll:
 
         All at once because hooks fire in another order on every rank: each may need another compression first.
         """
-        mine = {str(serial): description for serial, description in self.unchecked.items()}
+        mine, self.unchecked = self.unchecked, {}
         self.checks += 1
-        self.unchecked.clear()
-        check(transport, f"hvd_compress.check.{self.checks}", mine)
+        named = {str(place): mine[id_] for place, id_ in enumerate(sorted(mine))}
+        check(transport, f"hvd_compress.check.{self.checks}", named)
+        for id_ in sorted(mine):
+            self.numbers[id_] = len(self.numbers)
+
+    def restart(self) -> None:
+        """Forget what was compared, as when the ranks have changed: all that are still used enlist again."""
+        self.checks = 0
+        self.numbers.clear()
 
 
 # Per set of ranks, because the number of a compression is part of the names of its collectives. Filled as compressions

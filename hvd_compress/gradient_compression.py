@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .engine import Engine
 from .log import SINGLE_RANK, log, warn_once
 from .session import NONE, Progress, Session
 from .version import __version__
+
+_ids = itertools.count()  # of this process; other ranks may have made other compressions besides
 
 _COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes")
 
@@ -69,7 +72,7 @@ class GradientCompression(Session):
             self._bind(named_parameters)
         self._roll = fingerprint.roll(process_set)
         self._roll.members.add(self)
-        self._serial = next(self._roll.serials)
+        self._id = next(_ids)
         self._enlist()
         self._mark = self._mean_mark = 0.0
         _say_if_single_rank()
@@ -110,21 +113,23 @@ class GradientCompression(Session):
 
     def _enlist(self) -> None:
         if self.bound or not isinstance(self.compressor, SummedCompressor):
-            self._roll.unchecked[self._serial] = self.description()
+            self._roll.unchecked[self._id] = self.description()
 
     def delist(self) -> None:
         """Take this off the list of what Horovod's ranks compare, for whoever compares it elsewhere."""
-        self._roll.unchecked.pop(self._serial, None)
+        self._roll.unchecked.pop(self._id, None)
 
     def _is_stale(self) -> bool:
         return self._engine is not None and not self._engine.collecting and not self._engine.transport.is_current()
 
     def rejoin(self, progress: Progress) -> None:
-        """Start anew on a changed set of ranks, which all compare what they have again; residuals stay."""
-        self.detach()
+        """Start anew on a changed set of ranks, with all other compressions of the old one; residuals stay."""
+        self._roll.restart()
+        for member in {self, *filter(GradientCompression._is_stale, self._roll.members)}:
+            member.settle()
+            member.detach()
+            member._enlist()
         self.progress = progress
-        self._roll.checks = 0
-        self._enlist()
 
     # Horovod's interface
 
@@ -137,9 +142,7 @@ class GradientCompression(Session):
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
             return self.compressor.summand(tensor), _AddedUp(tensor.dtype)
         if self._is_stale():  # elastic Horovod does not tell when ranks only leave
-            for member in list(self._roll.members):  # all at once, as they are compared
-                if member._is_stale():
-                    member.rejoin(member.progress)
+            self.rejoin(self.progress)
         if self._engine is None:
             self._connect()
         index = self.binding.identify(tensor)
@@ -188,11 +191,11 @@ class GradientCompression(Session):
         if not self.bound:
             self._bind(parameters_of_optimizer(self))
         transport = HorovodTransport(self.process_set)
-        if transport.size > 1:
+        if transport.size > 1 and self._id not in self._roll.numbers:
             self._roll.check(transport)
         marks = [_mark(member) for member in transport.members]
         self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
-        engine = functools.partial(Engine, prefix=f"hvd_compress.{self._serial}")
+        engine = functools.partial(Engine, prefix=f"hvd_compress.{self._roll.numbers.get(self._id, 0)}")
         self.attach(transport, engine, compressed_only=True)
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)

@@ -110,6 +110,7 @@ class _Runner:
 
     def close(self) -> None:
         self._closed = True
+        self._transport.leave()
         if self._thread:
             self._queue.put(None)
             self._interval.flush()

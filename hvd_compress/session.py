@@ -41,6 +41,7 @@ class Session:
         self._step = 0
         self._finished = False  # some gradient of this step is finished
         self._finite = True  # no tensor of this step was seen to be non-finite
+        self._counted = False  # telemetry knows of this step
         self._loss_scale: float | None = None
         self._loaded: tuple[Mapping[str, Any], str] | None = None  # a state that waits for rank and size
 
@@ -135,11 +136,10 @@ class Session:
             self.memory.commit()
         self._drop_step()
         self._step += 1
-        self.telemetry.steps += 1
 
     def _drop_step(self) -> None:
         self.memory.discard()
-        self._finished, self._finite = False, True
+        self._finished, self._finite, self._counted = False, True, False
 
     def _watch(self, reduced: Tensor) -> None:
         """Look for non-finite values in a tensor that is reduced, hence the same on every rank."""
@@ -149,6 +149,8 @@ class Session:
             self._finite = self._finite and math.isfinite(float(values.sum(dtype=torch.float64)))
 
     def _record(self, index: int, gradient: Tensor, sent_bytes: int) -> None:
+        self.telemetry.steps += not self._counted
+        self._counted = True
         raw_bytes = gradient.numel() * gradient.element_size()
         compressed = self.binding.compressed[index]
         self.telemetry.record(self.slots[index].name, raw_bytes, sent_bytes, compressed=compressed)

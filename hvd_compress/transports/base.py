@@ -76,6 +76,9 @@ class Transport(abc.ABC):
         """Whether this still is the set of ranks that it was made for."""
         return True
 
+    def leave(self) -> None:  # noqa: B027  # most transports notice by themselves
+        """Tell the other ranks, should they ever wait for this one, that it takes part no longer."""
+
     def abort(self) -> None:
         """End all ranks at once."""
         raise NotImplementedError

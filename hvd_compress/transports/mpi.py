@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..requests import ReduceOp
 from .base import Pending, Transport
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
+_LEAVING = 1  # tag of the message of a rank that takes part no longer
+_PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for such messages
 
 _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
 _TORCH_OPS: dict[ReduceOp, Callable[..., Tensor]] = {
@@ -26,11 +29,21 @@ _TORCH_OPS: dict[ReduceOp, Callable[..., Tensor]] = {
 class _MPIPending(Pending):
     """Several MPI requests; holds their buffers until the last is done."""
 
-    def __init__(self, requests: Sequence[MPI.Request], answer: Callable[[], Any], buffers: object) -> None:
-        self._requests, self._answer, self._buffers = list(requests), answer, buffers
+    def __init__(
+        self, transport: MPITransport, requests: Sequence[MPI.Request], answer: Callable[[], Any], buffers: object
+    ) -> None:
+        self._transport, self._requests, self._answer, self._buffers = transport, list(requests), answer, buffers
+        transport.posted += 1
+        self._number = transport.posted
+        self._look = time.monotonic() + _PATIENCE_SECONDS
 
     def ready(self) -> bool:
-        return MPI.Request.Testall(self._requests)
+        if MPI.Request.Testall(self._requests):
+            return True
+        if time.monotonic() > self._look:
+            self._transport.check_peers(self._number)
+            self._look = time.monotonic() + _PATIENCE_SECONDS
+        return False
 
     def wait(self) -> Any:
         self.sleep_until_ready()
@@ -44,6 +57,9 @@ class MPITransport(Transport):
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
+        self.posted = 0  # collectives so far, the same ones on every rank
+        self._left: dict[int, int] = {}  # how many of them the ranks took part in that do so no longer
+        self._farewells: list[Any] = []  # held until MPI ends
         self._half_ops: dict[ReduceOp, MPI.Op] = {}
 
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
@@ -52,24 +68,25 @@ class MPITransport(Transport):
         array = reduced.view(torch.int16).numpy() if half else reduced.numpy()
         mpi_op = self._half_op(op) if half else _OPS[op]
         requests = [self.comm.Iallreduce(MPI.IN_PLACE, chunk, mpi_op) for chunk in _chunks(array)]
-        return _MPIPending(requests, lambda: reduced.to(tensor.device), array)
+        return _MPIPending(self, requests, lambda: reduced.to(tensor.device), array)
 
     def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
         received = tensor.cpu().contiguous()
         array = received.view(torch.uint8).numpy()
         requests = [self.comm.Ibcast(chunk, root) for chunk in _chunks(array)]
-        return _MPIPending(requests, lambda: received.to(tensor.device), array)
+        return _MPIPending(self, requests, lambda: received.to(tensor.device), array)
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
         mine = _joined(parts)
         lengths = np.empty(self.size, dtype=np.int64)
-        self.comm.Allgather(np.array([mine.size], dtype=np.int64), lengths)
+        length = np.array([mine.size], dtype=np.int64)
+        _MPIPending(self, [self.comm.Iallgather(length, lengths)], lambda: None, length).wait()
         requests, rounds = [], []
         for start, step in self._rounds(int(lengths.max())):
             landing, counts = _landing(lengths, start, step)
             requests.append(self.comm.Iallgatherv(mine[start : start + step], [landing, counts]))
             rounds.append((landing, counts))
-        return _MPIPending(requests, lambda: _by_rank(rounds), mine)
+        return _MPIPending(self, requests, lambda: _by_rank(rounds), mine)
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
         outgoing = [_joined(destination) for destination in parts]
@@ -83,7 +100,29 @@ class MPITransport(Transport):
             held.append(np.concatenate(pieces))
             requests.append(self.comm.Ialltoallv([held[-1], [piece.size for piece in pieces]], [landing, counts]))
             rounds.append((landing, counts))
-        return _MPIPending(requests, lambda: _by_rank(rounds), held)
+        return _MPIPending(self, requests, lambda: _by_rank(rounds), held)
+
+    def leave(self) -> None:
+        if MPI.Is_finalized():
+            return
+        posted = np.array([self.posted], dtype=np.int64)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        # So small that MPI sends it at once and waits for no receiver.
+        self._farewells.append((posted, [self.comm.Isend(posted, rank, _LEAVING) for rank in others]))
+
+    def check_peers(self, number: int) -> None:
+        """Raise RuntimeError if a rank left before the collective of this number."""
+        status = MPI.Status()
+        while self.comm.Iprobe(MPI.ANY_SOURCE, _LEAVING, status):
+            posted = np.empty(1, dtype=np.int64)
+            self.comm.Recv(posted, status.source, _LEAVING)
+            self._left[status.source] = int(posted[0])
+        for rank, last in self._left.items():
+            if last < number:
+                raise RuntimeError(
+                    f"rank {rank} has ended its training, or its program, while rank {self.rank} still exchanges "
+                    "gradients. Give every rank the same number of batches (drop or repeat the last ones)."
+                )
 
     def abort(self) -> None:
         self.comm.Abort(1)

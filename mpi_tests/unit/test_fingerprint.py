@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from typing import Any
 
@@ -97,12 +96,12 @@ def test_another_number_of_compressions_is_named(culprit):
 
 def test_a_roll_is_compared_once_and_all_at_once():
     roll = fingerprint.Roll()
-    serials = list(itertools.islice(roll.serials, 2))
-    roll.unchecked.update({serial: described() for serial in serials})
+    roll.unchecked.update({7: described(), 3: described("terngrad")})
     (transport,) = LocalWorld(1).transports
     roll.check(transport)
     assert roll.unchecked == {}
     assert roll.checks == 1
+    assert roll.numbers == {3: 0, 7: 1}  # as they were made
     roll.check(transport)
     assert roll.checks == 2
 
