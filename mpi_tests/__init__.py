@@ -1,0 +1,1 @@
+"""The suite. `python -m mpi_tests` runs all of it; see __main__.py."""

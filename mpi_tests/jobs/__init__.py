@@ -1,0 +1,1 @@
+"""Tests that launch jobs of their own and look at how these end."""

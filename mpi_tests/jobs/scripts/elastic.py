@@ -1,0 +1,78 @@
+"""Trains under elastic Horovod until told to stop; says at every step what the test compares over ranks and resets.
+
+The argument is a directory: the file `stop` in it ends the training.
+"""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+from backend import ARGUMENTS, digest, hvd, small_model
+
+from hvd_compress import Compression, elastic
+
+directory = Path(*ARGUMENTS)
+model = small_model()
+compression = Compression.topk(model.named_parameters(), density=0.1)
+optimizer = hvd.DistributedOptimizer(
+    torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+    named_parameters=model.named_parameters(),
+    compression=compression,
+)
+elastic.register()
+state = hvd.elastic.TorchState(model, optimizer, compression=compression, step=0)
+gradients = {}
+for name, parameter in model.named_parameters():
+    parameter.register_hook(lambda gradient, name=name: gradients.update({name: gradient.clone()}))
+
+
+def residuals():
+    return next(iter(compression.state_dict()["residuals"].values()))
+
+
+def say(what, *more):
+    kept = residuals()
+    bits = hashlib.sha256(b"".join(kept[name].numpy().tobytes() for name in sorted(kept))).hexdigest()[:16]
+    print(what, os.getpid(), hvd.size(), state.step, digest(model), bits if kept else "none", *more, flush=True)
+
+
+def everything_is_sent_or_kept(before, after):
+    """Gradients and residuals of all ranks together: what came in is what went out, whatever the number of ranks."""
+    for name in after:
+        old = before.get(name, torch.zeros_like(after[name]))
+        came = hvd.allreduce(gradients[name].reshape(-1) + old, op=hvd.Sum, name=f"came.{name}")
+        kept = hvd.allreduce(after[name], op=hvd.Sum, name=f"kept.{name}")
+        sent = model.get_parameter(name).grad.reshape(-1) * hvd.size()
+        if not torch.allclose(came, kept + sent, atol=1e-5):
+            return False
+    return len(after) > 0
+
+
+@hvd.elastic.run
+def train(state):
+    say("begin", os.environ["HOROVOD_HOSTNAME"])
+    while not stopped():
+        batch = torch.randn(8, 32, generator=torch.Generator().manual_seed(1000 * state.step + hvd.rank()))
+        optimizer.zero_grad()
+        before = residuals()
+        model(batch).pow(2).mean().backward()
+        optimizer.synchronize()
+        good = everything_is_sent_or_kept(before, residuals())
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        state.step += 1
+        say("step", "sound" if good else "unsound")
+        time.sleep(0.1)
+        say("commit")
+        state.commit()
+
+
+def stopped():
+    """Whether rank 0 sees that it is to stop: all ranks stop at the same step."""
+    return hvd.broadcast_object((directory / "stop").exists(), root_rank=0, name="stop")
+
+
+train(state)
+say("end")

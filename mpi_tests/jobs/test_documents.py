@@ -1,0 +1,70 @@
+"""The examples run, and so do the commands and imports that the documents show."""
+
+import ast
+import json
+import re
+import shlex
+import sys
+
+import pytest
+
+from .launch import ROOT, patience, run_program, start
+
+EXAMPLES = [
+    ("horovod-mpi", 2, "horovod_digits.py", "none,terngrad,adacomp,topk"),
+    ("horovod-gloo", 2, "horovod_char_lm.py", "topk"),
+    ("mpi4py", 2, "mpi_digits.py", "none,terngrad,adacomp,topk"),
+    ("mpirun", 1, "mpi_digits.py", "topk"),
+]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += sorted((ROOT / "examples").glob("*.md"))
+
+
+def fenced(*languages):
+    """The blocks in these languages, of all documents."""
+    for document in DOCUMENTS:
+        for language, block in re.findall(r"^```(\w+)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+            if language in languages:
+                yield pytest.param(block, id=f"{document.relative_to(ROOT)}: {block.strip().splitlines()[0]}")
+
+
+@pytest.mark.parametrize(("launcher", "ranks", "example", "methods"), EXAMPLES)
+def test_example_runs_and_compares_its_methods(launcher, ranks, example, methods, tmp_path):
+    table = tmp_path / "table.json"
+    options = ("--methods", methods, "--epochs", "1", "--json", str(table))
+    ended = run_program(launcher, ranks, ROOT / "examples" / example, *options, timeout_seconds=90)
+    assert ended.code == 0, str(ended)
+    assert ended.left_behind == []
+    rows = json.loads(table.read_text())
+    assert [row["method"] for row in rows] == methods.split(",")
+    for row in rows:
+        assert row["ranks"] == ranks
+        assert row["value"] > 0
+        assert re.search(rf"{row['method']}\b.* {row['value']:.2f}\b", ended.of_rank(0)), str(ended)
+        if ranks == 1:
+            assert row["compressed_ratio"] is None
+        elif row["method"] != "none":
+            assert row["compressed_ratio"] > 4, row
+
+
+@pytest.mark.parametrize("block", list(fenced("bash", "sh", "shell")))
+def test_documented_commands_run(block):
+    for line in block.replace("\\\n", " ").splitlines():
+        command = shlex.split(line, comments=True)
+        if not command or command[0] in ("git", "cd", "sudo", "apt", "apt-get", "docker"):
+            continue  # they prepare a machine
+        if command[0] == "make":
+            command.insert(1, "-n")  # what it would run is run elsewhere, and takes minutes
+        ended = start(command).end(120 * patience())
+        assert ended.code == 0, str(ended)
+
+
+@pytest.mark.parametrize("block", list(fenced("python")))
+def test_documented_code_parses_and_imports_what_it_uses_of_this_package(block):
+    tree = ast.parse(block)
+    package = re.compile(r"(from|import) hvd_compress\b")
+    statements = [code for node in tree.body if package.match(code := ast.unparse(node))]
+    statements += sorted(set(re.findall(r"^hvd_compress(?:\.\w+)+", block, re.MULTILINE)))
+    if statements:
+        ended = start([sys.executable, "-c", "\n".join(statements)]).end(60 * patience())
+        assert ended.code == 0, str(ended)

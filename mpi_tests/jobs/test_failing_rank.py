@@ -1,0 +1,64 @@
+"""When one rank fails, the job ends, with a non-zero exit code, and says why."""
+
+import pytest
+
+from .launch import LAUNCHERS, MPI4PY, patience, run
+
+SECONDS = 10.0  # from the start of training until all processes are gone, on an idle machine
+
+
+def fail(launcher, ranks, how):
+    ended = run(launcher, ranks, "fail.py", how)
+    assert ended.code, str(ended)
+    assert ended.left_behind == []
+    assert ended.seconds_of_training() < SECONDS * patience(), str(ended)
+    return ended
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_invalid_option_on_one_rank_ends_the_job(launcher):
+    assert "ValueError: density must be in (0, 1]: 2" in fail(launcher, 2, "option").of_rank(1)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [("horovod-mpi", 2), ("horovod-gloo", 2), ("mpi4py", 2), ("mpirun", 2), ("mpirun", 4)]
+)
+def test_an_exception_on_one_rank_ends_the_job_and_is_shown(launcher, ranks):
+    ended = fail(launcher, ranks, "exception")
+    assert "RuntimeError: something is wrong with the data" in ended.of_rank(1)
+    assert "fail.py" in ended.of_rank(1)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sys_exit_on_one_rank_ends_the_job(launcher):
+    ended = fail(launcher, 2, "exit")
+    if launcher == "mpi4py":
+        assert ended.code == 3
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [("horovod-mpi", 2), ("horovod-gloo", 2), ("mpi4py", 2), ("mpirun", 2), ("mpirun", 4)]
+)
+def test_a_rank_with_fewer_batches_ends_the_job(launcher, ranks):
+    ended = fail(launcher, ranks, "return")
+    if launcher in MPI4PY:
+        assert "same number of" in ended.output
+        assert "rank 1" in ended.output
+    else:
+        assert "after one of the ranks finished execution" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "when"),
+    [
+        ("horovod-mpi", 2, "kill-in-backward"),
+        ("horovod-mpi", 4, "kill-while-others-wait"),
+        ("horovod-gloo", 4, "kill-in-backward"),
+        ("horovod-gloo", 2, "kill-while-others-wait"),
+        ("mpirun", 2, "kill-in-backward"),
+        ("mpirun", 4, "kill-while-others-wait"),
+    ],
+)
+def test_a_killed_rank_ends_the_job(launcher, ranks, when):
+    ended = fail(launcher, ranks, when)
+    assert "137" in ended.output if launcher == "horovod-gloo" else ended.code == 137, str(ended)

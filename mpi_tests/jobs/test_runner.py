@@ -1,0 +1,59 @@
+"""The suite's own runner ends when a test hangs or fails on one rank, and shows where every rank was."""
+
+import re
+import shutil
+import sys
+
+import pytest
+
+from .launch import ROOT, patience, start
+
+ONE_FAILS = """
+def test_one_rank_fails(job):
+    assert job.rank != 1, "this rank has found something"
+    job.barrier()
+"""
+DEADLOCK = """
+def test_rank_0_skips_a_collective(job):
+    if job.rank != 0:
+        job.barrier()
+    import time; time.sleep(job.rank == 0 and 1000)
+"""
+PASSES = """
+def test_nothing(job):
+    job.barrier()
+"""
+
+
+def run_suite(directory, test, backend, *options):
+    """Run the runner on a copy of its files, and of no test but `test`."""
+    copied = directory / "mpi_tests"
+    shutil.copytree(ROOT / "mpi_tests", copied, ignore=shutil.ignore_patterns("test_*", "unit", "jobs", "__pycache__"))
+    (copied / "ranks" / "test_deliberately.py").write_text(test)
+    command = [sys.executable, "-m", "mpi_tests", "--only", "ranks", "--sizes", "2", "--backends", backend, *options]
+    return start(command, directory=directory).end(120 * patience())
+
+
+@pytest.mark.parametrize("backend", ["horovod-mpi", "mpi4py"])
+def test_a_failure_on_one_rank_ends_the_suite_with_the_stacks_of_the_others(tmp_path, backend):
+    ended = run_suite(tmp_path, ONE_FAILS, backend)
+    assert ended.code, str(ended)
+    assert ended.left_behind == []
+    assert ended.seconds < 60 * patience()
+    assert "rank 1| AssertionError: this rank has found something" in re.sub(r"\| E +", "| ", ended.output), str(ended)
+    assert re.search(r"^ *File .*test_deliberately.py.* line 4 in test_one_rank_fails", ended.output, re.MULTILINE)
+
+
+def test_a_deadlock_ends_the_suite_with_the_stacks_of_all_ranks(tmp_path):
+    ended = run_suite(tmp_path, DEADLOCK, "horovod-gloo")
+    assert ended.code, str(ended)
+    assert ended.left_behind == []
+    assert ended.seconds < 60 * patience()
+    for rank in ("", r"rank 1\| "):
+        stack = rf"^{rank} *File .*test_deliberately.py.* line \d in test_rank_0_skips_a_collective"
+        assert re.search(stack, ended.output, re.MULTILINE), str(ended)
+
+
+def test_a_suite_that_passes_ends_with_success(tmp_path):
+    ended = run_suite(tmp_path, PASSES, "mpi4py")
+    assert ended.code == 0, str(ended)

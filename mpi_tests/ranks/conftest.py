@@ -1,0 +1,148 @@
+"""Runs each test on all ranks in step, so that they pass, fail and end together.
+
+After every phase of a test the ranks tell each other how it went; if it failed on one it fails on all. A rank that
+fails while others wait for it in a collective cannot tell them: after a short grace it has them print their stacks and
+exits, and the launcher ends the job. A test that hangs everywhere prints all stacks, and an alarm ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from .job import Job, join
+from .rendezvous import Rendezvous
+
+_STACKS_SECONDS = 30  # of a test, until all ranks print their stacks
+_TEST_SECONDS = 33  # until it is ended
+_ENDS_SECONDS = 60  # to start the job, and to end it
+_GRACE_SECONDS = 4.0
+_PRINT_SECONDS = 0.5
+
+_job: Job
+_rendezvous: Rendezvous
+_pids: list[int]  # by rank; all are on this host
+_stderr: int
+
+
+@pytest.hookimpl(trylast=True)  # once there is a terminal reporter
+def pytest_configure(config: pytest.Config) -> None:
+    global _job, _rendezvous, _pids, _stderr
+    _stderr = os.dup(2)  # tests run with another
+    faulthandler.register(signal.SIGUSR1, file=_stderr, all_threads=True)
+    faulthandler.register(signal.SIGALRM, file=_stderr, all_threads=True, chain=True)  # print the stacks, then die
+    signal.alarm(_ENDS_SECONDS)
+    _job = join(os.environ.get("HVD_COMPRESS_BACKEND", "mpi4py"))
+    directory = tempfile.mkdtemp(prefix="hvd_compress_tests.") if _job.rank == 0 else ""
+    _rendezvous = Rendezvous(Path(_job.allgather(directory)[0]), _job.rank, _job.size)
+    _pids = _job.allgather(os.getpid())
+    signal.alarm(0)
+    if _job.rank != 0:  # its report would be the same, but for failures, which every rank prints
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_report_header() -> str:
+    return f"rank 0 of {_job.size}, {_job.backend}"
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside pytest's own, which has the same timer
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    _arm()
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.alarm(0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    outcome = report.outcome
+    if report.failed:
+        _print_failure(report)
+    outcomes = _rendezvous.meet(outcome, _GRACE_SECONDS if report.failed else None)
+    if outcomes is None:
+        _end_job()
+    elif not report.failed and set(outcomes) != {outcome}:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: {report.when} {outcome} on rank {_job.rank}, but all ranks: {outcomes}"
+    return report
+
+
+def pytest_unconfigure() -> None:
+    signal.alarm(_ENDS_SECONDS)
+    sys.stdout.flush()
+    _rendezvous.meet("end", _GRACE_SECONDS)
+    time.sleep(_PRINT_SECONDS)  # the first that exits with an error ends the job, and the others are to print before
+    if _job.rank == 0:
+        shutil.rmtree(_rendezvous.directory, ignore_errors=True)
+
+
+def _arm() -> None:
+    faulthandler.dump_traceback_later(_STACKS_SECONDS, file=_stderr)
+    signal.alarm(_TEST_SECONDS)
+
+
+def _end_job() -> None:
+    _print(f"rank {_job.rank} failed while others wait for it. Their stacks:")
+    for rank, pid in enumerate(_pids):
+        if rank != _job.rank:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+    time.sleep(_PRINT_SECONDS)
+    os._exit(1)
+
+
+def _print_failure(report: pytest.TestReport) -> None:
+    title = f" rank {_job.rank} of {_job.size}, {_job.backend}: {report.nodeid} failed in {report.when} "
+    _print(f"{title:-^100}\n{report.longreprtext}\n" + "".join(f"{name}\n{text}" for name, text in report.sections))
+
+
+def _print(text: str) -> None:
+    os.write(_stderr, text.encode() + b"\n")
+
+
+@pytest.fixture(scope="session")
+def job() -> Job:
+    return _job
+
+
+@pytest.fixture
+def alive() -> Callable[[], None]:
+    """For a long test to call now and then: it makes progress, and has as much time again."""
+    return _arm
+
+
+@pytest.fixture
+def several(job: Job) -> Job:
+    """For tests that need more than one rank."""
+    if job.size == 1:
+        pytest.skip("needs more than one rank")
+    return job
+
+
+@pytest.fixture
+def horovod(several: Job) -> Job:
+    """For tests of what only Horovod has."""
+    if not several.is_horovod:
+        pytest.skip("only Horovod has it")
+    return several
+
+
+@pytest.fixture
+def plain_mpi(job: Job) -> Job:
+    """For tests of what only hvd_compress.mpi has."""
+    if job.is_horovod:
+        pytest.skip("only hvd_compress.mpi has it")
+    return job

@@ -1,0 +1,112 @@
+"""Training with every compressor: replicas stay equal to the bit, on every backend and as the simulation has it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvd_compress import Compression
+
+from .job import Job
+from .training import (
+    IN_FRAMES,
+    MakeCompression,
+    Simulation,
+    assert_close,
+    assert_equal,
+    assert_replicated,
+    copy,
+)
+
+STEPS = 200
+STEPS_ON_GLOO = 60  # which crawls where ranks outnumber cores; what runs above it is the same
+SIMULATED_STEPS = 30
+MAKE: dict[str, MakeCompression] = {
+    "none": Compression.none,
+    "fp16": Compression.fp16,
+    "bf16": lambda named: Compression.bf16(named, min_numel=1),
+    "terngrad": lambda named: Compression.terngrad(named, min_numel=1),
+    "adacomp": lambda named: Compression.adacomp(named, min_numel=1),
+    "topk": lambda named: Compression.topk(named, density=0.1, min_numel=1),
+}
+
+
+def model() -> nn.Module:
+    """No 1-D parameter: those are added up by the backend, in an order of its own."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, bias=False), nn.Linear(64, 12, bias=False), nn.Linear(12, 3, bias=False)
+    return nn.Sequential(layers[0], nn.Tanh(), nn.Flatten(), *layers[1:])
+
+
+def loss(of: nn.Module, rank: int, step: int) -> Tensor:
+    """Of a batch that no other rank or step has."""
+    batch = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(1000 * rank + step))
+    pixels = batch[:, 0]
+    return nn.functional.mse_loss(of(batch), torch.stack([pixels.mean((1, 2)), pixels[:, 0, 0], pixels[:, 5, 5]], 1))
+
+
+def sgd(of: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.5)
+
+
+def train_simulated(one: nn.Module, simulation: Simulation) -> dict[str, Tensor]:
+    """The parameters of one model that stands for all replicas, after SIMULATED_STEPS."""
+    by_name = dict(one.named_parameters())
+    optimizer = sgd(one)
+    for step in range(SIMULATED_STEPS):
+        of_ranks = []
+        for rank in range(simulation.size):
+            optimizer.zero_grad()
+            loss(one, rank, step).backward()
+            of_ranks.append({name: p.grad for name, p in by_name.items()})
+        for name, combined in simulation.exchange(of_ranks).items():
+            by_name[name].grad = combined
+        optimizer.step()
+    return copy(by_name)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_replicas_learn_stay_equal_and_match_the_simulation(job: Job, alive: Callable[[], None], kind: str) -> None:
+    mine = model()
+    by_name = dict(mine.named_parameters())
+    optimizer = job.distribute(sgd(mine), by_name.items(), MAKE[kind](by_name.items()))
+    losses = []
+    for step in range(STEPS_ON_GLOO if job.backend == "horovod-gloo" else STEPS):
+        if step == SIMULATED_STEPS:
+            early = copy(by_name)
+        optimizer.zero_grad()
+        value = loss(mine, job.rank, step)
+        value.backward()
+        optimizer.step()
+        losses.append(float(value.detach()))
+        alive()
+    assert_replicated(job, by_name)
+    assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
+    one = model()
+    simulation = Simulation(job.size, MAKE[kind], dict(one.named_parameters()))
+    if job.rank == 0:  # the same on all ranks, and slow on many of them at once
+        simulated = train_simulated(one, simulation)
+        if kind in IN_FRAMES or job.size == 1:
+            assert_equal(early, simulated)
+        else:
+            assert_close(early, simulated, 1e-2 if kind == "fp16" else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "fp16", "bf16"])
+def test_an_unbound_compression_trains_as_a_bound_one(job: Job, kind: str) -> None:
+    """As it is, in the place of a member of horovod.torch.Compression."""
+    trained = []
+    for bind in (False, True):
+        mine = model()
+        compression = getattr(Compression, kind)
+        if bind:
+            compression = compression(mine.named_parameters())
+        optimizer = job.distribute(sgd(mine), mine.named_parameters(), compression)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss(mine, job.rank, step).backward()
+            optimizer.step()
+        trained.append(copy(dict(mine.named_parameters())))
+        assert_replicated(job, trained[-1])
+    assert_close(*trained)
