@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import time
 import weakref
@@ -13,6 +14,7 @@ from .log import log
 from .transports.base import Pending, Transport
 
 _WARNING_SECONDS = 10.0
+_GRACE_SECONDS = 2.0  # from a rank's error to its end, which ends the others: they are to print theirs before
 
 Description = dict[str, Any]  # JSON-serializable; what must be equal on all ranks
 
@@ -66,6 +68,7 @@ def check(transport: Transport, name: str, mine: dict[str, Description]) -> None
     everyone: list[dict[str, Description]] = pending.wait()
     for rank, theirs in enumerate(everyone):
         if difference := _difference(everyone[0], theirs, rank):
+            atexit.register(time.sleep, _GRACE_SECONDS)
             raise MismatchError(
                 f"the ranks disagree: {difference}. Start every rank with the same version of hvd_compress, the same "
                 "options and the same model, and make compressions in the same order."
