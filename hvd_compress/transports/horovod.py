@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,7 +52,7 @@ class HorovodTransport(Transport):
                 "reduces gradients: give hvd.DistributedOptimizer and the compression the same process_set"
             )
         self.rank, self.size = self._set.rank(), self._set.size()
-        self._uses: Counter[str] = Counter()
+        self._widths: dict[str, int] = {}  # by name of the collective
         self.members: list[int] = list(self._set.ranks or range(self.size))  # their global ranks
 
     def is_current(self) -> bool:
@@ -63,28 +62,30 @@ class HorovodTransport(Transport):
         return _HorovodPending(hvd.allreduce_async_(tensor, name=name, op=_OPS[op], process_set=self._set), _same)
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        handle = hvd.allgather_async(_with_length(parts), name=self._new(name), process_set=self._set)
+        rows = _with_length(parts).view(-1, self._width(name))
+        handle = hvd.allgather_async(rows, name=name, process_set=self._set)
         return _HorovodPending(handle, _cut)
 
     def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
-        root_rank = self.members[root]
-        handle = hvd.broadcast_async_(tensor, root_rank=root_rank, name=self._new(name), process_set=self._set)
-        return _HorovodPending(handle, _same)
+        rows = tensor.view(1, -1) if self._width(name) == 4 else tensor.view(-1, 1)
+        handle = hvd.broadcast_async_(rows, root_rank=self.members[root], name=name, process_set=self._set)
+        return _HorovodPending(handle, lambda answer: answer.view(-1))
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
-        buffers = [_with_length(destination) for destination in parts]
-        splits = torch.tensor([buffer.numel() for buffer in buffers], dtype=torch.int32)
-        handle = hvd.alltoall_async(torch.cat(buffers), splits=splits, name=self._new(name), process_set=self._set)
+        width = self._width(name)
+        buffers = [_with_length(destination).view(-1, width) for destination in parts]
+        splits = torch.tensor([len(buffer) for buffer in buffers], dtype=torch.int32)
+        handle = hvd.alltoall_async(torch.cat(buffers), splits=splits, name=name, process_set=self._set)
         return _HorovodPending(handle, lambda answer: _cut(answer[0]))
 
-    def _new(self, name: str) -> str:
-        """`name`, made different each time, so that Horovod negotiates this collective, as it may not be allowed.
+    def _width(self, name: str) -> int:
+        """4 and 8 in turn: another shape than last time, so that Horovod negotiates this collective each time.
 
-        When a rank has called hvd.join(), negotiating says so. A name that Horovod's response cache knows is not
-        negotiated: then the other ranks would wait for ever.
+        When a rank has called hvd.join(), negotiating says that these collectives cannot go on. One that Horovod's
+        response cache knows, by its name and shape, is not negotiated: then the other ranks would wait for ever.
         """
-        self._uses[name] += 1
-        return f"{name}.{self._uses[name]}"
+        self._widths[name] = 12 - self._widths.get(name, 8)
+        return self._widths[name]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -100,6 +101,7 @@ def _with_length(parts: Sequence[Tensor]) -> Tensor:
 
 def _cut(gathered: Tensor) -> list[Tensor]:
     """Undo `_with_length` for every rank in turn."""
+    gathered = gathered.view(-1)
     buffers: list[Tensor] = []
     offset = 0
     while offset < gathered.numel():
