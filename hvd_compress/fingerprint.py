@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import time
 import weakref
@@ -14,7 +15,7 @@ from .log import log
 from .transports.base import Pending, Transport
 
 _WARNING_SECONDS = 10.0
-_GRACE_SECONDS = 2.0  # from a rank's error to its end, which ends the others: they are to print theirs before
+_GRACE_SECONDS = 2.0
 
 Description = dict[str, Any]  # JSON-serializable; what must be equal on all ranks
 
@@ -68,11 +69,17 @@ def check(transport: Transport, name: str, mine: dict[str, Description]) -> None
     everyone: list[dict[str, Description]] = pending.wait()
     for rank, theirs in enumerate(everyone):
         if difference := _difference(everyone[0], theirs, rank):
-            atexit.register(time.sleep, _GRACE_SECONDS)
+            _linger_at_exit()
             raise MismatchError(
                 f"the ranks disagree: {difference}. Start every rank with the same version of hvd_compress, the same "
                 "options and the same model, and make compressions in the same order."
             )
+
+
+@functools.cache
+def _linger_at_exit() -> None:
+    """The first rank that ends has the launcher end the others: they are to print their error before."""
+    atexit.register(time.sleep, _GRACE_SECONDS)
 
 
 def _wait(pending: Pending, rank: int) -> None:

@@ -152,7 +152,7 @@ class _DistributedMixin(torch.optim.Optimizer):
         self._add_hooks()
         trained = dict(self._trained())
         for index in sorted(trained):
-            if index not in self._tickets:
+            if index not in self._tickets and self.compression.size > 1:
                 self._submit(index, trained[index])
         for index, ticket in self._tickets.items():
             parameter = self.compression.parameters[index]

@@ -23,7 +23,6 @@ from .training import (
     sgd,
 )
 
-BAD = [math.inf, -math.inf, math.nan]
 SHAPES = {"a": (30, 20), "b": (8, 4, 3, 3), "flat": (40,), "c": (40, 10)}
 
 
@@ -31,7 +30,7 @@ def copied_residuals(compression) -> dict[str, Tensor]:
     return copy(residuals(compression))
 
 
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
 @pytest.mark.parametrize("where", ["b", "flat"])
 @pytest.mark.parametrize("kind", ["adacomp", "topk", "terngrad"])
 def test_grad_scaler_skips_the_step_on_every_rank(several: Job, kind: str, where: str, bad: float) -> None:
@@ -40,10 +39,10 @@ def test_grad_scaler_skips_the_step_on_every_rank(several: Job, kind: str, where
     compression = COMPRESSIONS[kind](of.items())
     optimizer = job.distribute(sgd(of), of.items(), compression)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step in range(6):
+    for step in range(4):
         compression.loss_scale = scaler.get_scale()
         known = gradients(of, job.rank, step)
-        poisoned = step == 3
+        poisoned = step == 2
         if poisoned and job.rank == job.size - 1:
             known[where].view(-1)[5] = bad
         before, parameters_before, scale = copied_residuals(compression), copy(of), scaler.get_scale()

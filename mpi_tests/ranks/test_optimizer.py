@@ -33,7 +33,7 @@ def exchanged(simulation: Simulation, of: dict[str, Tensor], step: int, *, avera
     return simulation.exchange([gradients(of, rank, step) for rank in range(simulation.size)], average=average)
 
 
-def run(job: Job, kind: str, steps: int = 3, **options: Any) -> None:
+def run(job: Job, kind: str, steps: int = 2, **options: Any) -> None:
     """Steps whose gradients must be those of the simulation."""
     of = parameters()
     optimizer = job.distribute(sgd(of), of.items(), COMPRESSIONS[kind](of.items()), **options)
@@ -55,10 +55,9 @@ def test_average_and_sum_are_those_of_the_simulation(job: Job, kind: str, op: st
     run(job, kind, op=op)
 
 
-@pytest.mark.parametrize("factor", [2.0, 3.0])
 @pytest.mark.parametrize("kind", ["none", "topk", "terngrad"])
-def test_predivide_factor_changes_nothing_but_rounding(job: Job, kind: str, factor: float) -> None:
-    run(job, kind, gradient_predivide_factor=factor)
+def test_predivide_factor_changes_nothing_but_rounding(job: Job, kind: str) -> None:
+    run(job, kind, gradient_predivide_factor=3.0)
 
 
 @pytest.mark.parametrize("kind", ["none", "bf16", "topk", "terngrad"])

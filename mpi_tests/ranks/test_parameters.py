@@ -34,8 +34,9 @@ def shuffled(names, seed: int) -> list[str]:
 MANY = {f"p{i}": (10 + i, 20) for i in range(8)}
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 3000, 1 << 20])
-@pytest.mark.parametrize("kind", ["terngrad", "adacomp"])
+@pytest.mark.parametrize(
+    ("kind", "bucket_bytes"), [("adacomp", 1), ("adacomp", 3000), ("terngrad", 1), ("terngrad", 1 << 20)]
+)
 def test_gradients_may_become_ready_in_any_order(job: Job, kind: str, bucket_bytes: int) -> None:
     of = parameters(MANY)
 
@@ -47,7 +48,7 @@ def test_gradients_may_become_ready_in_any_order(job: Job, kind: str, bucket_byt
         p.register_post_accumulate_grad_hook(lambda p, name=name: ready.append(name))
     optimizer = job.distribute(sgd(of), of.items(), make(of.items()))
     simulation = Simulation(job.size, make, of)
-    for step in range(5):
+    for step in range(4):
         order = shuffled(of, 10 * step + job.rank)
         ready.clear()
         optimizer.zero_grad()
@@ -57,8 +58,10 @@ def test_gradients_may_become_ready_in_any_order(job: Job, kind: str, bucket_byt
         assert_equal(grads(of), simulation.exchange([gradients(of, rank, step) for rank in range(job.size)]))
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
-@pytest.mark.parametrize("kind", ["none", *IN_FRAMES])
+@pytest.mark.parametrize(
+    ("kind", "bucket_bytes"),
+    [("none", 1), ("bf16", 1), ("terngrad", 1), ("terngrad", 1 << 20), ("adacomp", 1), ("topk", 1 << 20)],
+)
 def test_parameters_that_only_some_ranks_use_count_as_zeros_elsewhere(job: Job, kind: str, bucket_bytes: int) -> None:
     of = parameters(MANY)
     options = {} if kind == "none" else {"min_numel": 1}
@@ -72,7 +75,7 @@ def test_parameters_that_only_some_ranks_use_count_as_zeros_elsewhere(job: Job, 
 
     optimizer = job.distribute(sgd(of), of.items(), make(of.items()))
     simulation = Simulation(job.size, make, of)
-    for step in range(6):
+    for step in range(4):
         optimizer.zero_grad()
         names = used(job.rank, step)
         known = gradients(of, job.rank, step)
@@ -85,14 +88,14 @@ def test_parameters_that_only_some_ranks_use_count_as_zeros_elsewhere(job: Job, 
             for known in [gradients(of, rank, step)]
         ]
         if job.size == 1:
-            assert_equal(grads(of), {name: known[name] for name in grads(of)})
+            assert_equal(grads(of), {name: known[name] for name in of if name in names})
         elif kind == "none":
             assert_close(grads(of), simulation.exchange(of_ranks))
         else:
             assert_equal(grads(of), simulation.exchange(of_ranks))
 
 
-@pytest.mark.parametrize("kind", ["none", *IN_FRAMES])
+@pytest.mark.parametrize("kind", ["none", "terngrad", "topk"])
 def test_a_parameter_frozen_before_wrapping_takes_no_part(job: Job, kind: str) -> None:
     of = parameters()
     of["b"].requires_grad_(False)
@@ -126,7 +129,7 @@ def test_a_parameter_frozen_during_training_stays_as_it_is(job: Job, kind: str) 
     assert_replicated(job, of)
 
 
-@pytest.mark.parametrize("kind", ["none", *IN_FRAMES])
+@pytest.mark.parametrize("kind", ["none", "terngrad", "adacomp"])
 def test_a_parameter_frozen_for_a_while_trains_again(job: Job, kind: str) -> None:
     of = parameters()
     make = COMPRESSIONS[kind]
@@ -172,7 +175,7 @@ def test_gradients_keep_their_type(job: Job, kind: str, dtype: torch.dtype) -> N
     make = COMPRESSIONS[kind]
     optimizer = job.distribute(sgd(of), of.items(), make(of.items()))
     simulation = Simulation(job.size, make, of)
-    for step in range(3):
+    for step in range(2):
         optimizer.zero_grad()
         backward(of, gradients(of, job.rank, step))
         optimizer.step()
