@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ _BIN = Path(sys.executable).parent
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py")
 _PARTS = ("unit", "ranks", "jobs")
 _SILENT_SECONDS = 600  # after which a part is taken to hang as a whole; a file of tests may be a single line
+_END_SECONDS = 10  # for a part to end by itself, or when it is told to
 _TAG = re.compile(rb"\[(?:[^\]\s]*,)?(\d+)\]<std(?:out|err)>: ?")  # Open MPI's and Horovod's
 _COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 _CLOSING = re.compile(rb"^=*\s*((?:\d+ \w+(?:, )?)+) in [\d.]+s")  # pytest's last line
@@ -52,6 +53,7 @@ class Part:
     def run(self) -> None:
         """Run it, with live output."""
         print(f"\n{f' {self.name} ':#^100}", flush=True)
+        self.ending = "interrupted"
         started = time.monotonic()
         process = subprocess.Popen(
             self.command,
@@ -66,6 +68,8 @@ class Part:
         try:
             for chunk in _chunks(process):
                 self._show(chunk)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
         except TimeoutError:
             silent = True
         finally:
@@ -113,13 +117,11 @@ def _chunks(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End it if it still runs; the launchers forward SIGTERM to their ranks."""
-    for number, seconds in ((None, 10), (signal.SIGTERM, 10), (signal.SIGKILL, None)):
-        if number is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
 
 
 def _environment() -> dict[str, str]:
@@ -196,7 +198,7 @@ def _summarize(parts: list[Part]) -> None:
     print(f"{counted} in {sum(part.seconds for part in parts):.2f}s, {len(parts) - len(bad)} of {len(parts)} parts ok")
 
 
-def _choice(allowed: tuple[str, ...]) -> object:
+def _choice(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         chosen = text.split(",")
         if unknown := set(chosen) - set(allowed):
@@ -221,6 +223,7 @@ def main() -> int:
     parser.add_argument("--only", type=_choice(_PARTS), default=list(_PARTS), help=f"some of {','.join(_PARTS)}")
     options, arguments = parser.parse_known_args()
     parts = list(_parts(options, arguments))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the part under way
     try:
         for part in parts:
             part.run()
