@@ -1,6 +1,8 @@
 """Elastic Horovod: keeps residuals through commit, restore and reset.
 
-hvd_compress.elastic.register()
+from hvd_compress import elastic
+
+elastic.register()
 state = hvd.elastic.TorchState(model, optimizer, compression=compression, epoch=0)
 """
 
