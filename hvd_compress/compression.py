@@ -11,6 +11,7 @@ from .compressors import (
     Compressor,
     FP16Compressor,
     NoneCompressor,
+    QSGDCompressor,
     TernGradCompressor,
     TopKCompressor,
 )
@@ -78,3 +79,19 @@ class Compression:
         density: in (0, 1].
         """
         return _bound(TopKCompressor(density=density), named_parameters, options)
+
+    @staticmethod
+    def qsgd(
+        named_parameters: NamedParameters,
+        *,
+        bits: int = 4,
+        bucket_size: int = 512,
+        norm: str = "max",
+        **options: Any,
+    ) -> GradientCompression:
+        """QSGD: stochastically rounded to `bits` bits, 1 to 8, unbiased, no state (Alistarh et al., NeurIPS 2017).
+
+        bucket_size: elements that share a norm, a multiple of 8.
+        norm: "max", or "l2" as in the paper.
+        """
+        return _bound(QSGDCompressor(bits=bits, bucket_size=bucket_size, norm=norm), named_parameters, options)

@@ -5,6 +5,7 @@ from .base import Compressor, Slot, SummedCompressor
 from .bf16 import BF16Compressor
 from .fp16 import FP16Compressor
 from .none import NoneCompressor
+from .qsgd import QSGDCompressor
 from .sparse import SparseGatherer
 from .terngrad import TernGradCompressor
 from .topk import TopKCompressor
@@ -15,6 +16,7 @@ __all__ = [
     "Compressor",
     "FP16Compressor",
     "NoneCompressor",
+    "QSGDCompressor",
     "Slot",
     "SparseGatherer",
     "SummedCompressor",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import wire
+from .. import kernels, wire
 from ..memory import ErrorFeedback
 from ..requests import Allgather, Allreduce, Exchange, Request
 
@@ -103,6 +103,12 @@ def flat32(gradient: Tensor) -> Tensor:
     return gradient.detach().reshape(-1).to(torch.float32)
 
 
+def flat(gradient: Tensor) -> Tensor:
+    """`gradient` as [numel] in a type that the kernels read: as it is where it can be, float64 as float32."""
+    values = gradient.detach().reshape(-1)
+    return values if values.dtype in (torch.float32, torch.float16, torch.bfloat16) else values.to(torch.float32)
+
+
 def max_abs(values: Tensor) -> float:
     """Largest |value|; infinity when any is not finite, 0 for an empty tensor."""
     if values.numel() == 0:
@@ -116,15 +122,17 @@ def gather_sum(
     slot: Slot,
     gradient: Tensor,
     payload: Tensor | None,
-    decode: Callable[[wire.Frame], Tensor],
+    decode: Callable[[wire.Frame], Tensor] | None = None,
     *,
+    add: Callable[[Sequence[Tensor], Tensor], object] | None = None,
     rate: float = 0.0,
     flags: int = 0,
 ) -> Generator[Request, Any, Tensor | None]:
     """Gather every rank's payload and add the decoded tensors in rank order: float32 [numel], the same bits everywhere.
 
     `payload` None says that this rank's gradient is not finite; then, on every rank, the sum is None.
-    `decode` turns a frame into float32 [numel] and raises ValueError for a payload that does not fit.
+    `decode` turns a frame into float32 [numel] and raises ValueError for a payload that does not fit. Or, in its place,
+    `add(payloads, out)` puts the sum of all into `out`, float32 [numel], and raises kernels.PayloadError.
     """
     if payload is None:
         payload, flags = torch.empty(0, dtype=torch.uint8), wire.NON_FINITE
@@ -135,12 +143,33 @@ def gather_sum(
     if not all(frame.finite for frame in frames):
         return None
     total = torch.zeros(numel, dtype=torch.float32, device=gradient.device)
+    if add and not any(frame.dense for frame in frames):
+        try:
+            add([frame.payload for frame in frames], total)
+        except kernels.PayloadError as error:
+            raise wire.WireError(error.rank, slot.name, "a payload that decodes", error) from error
+        return total
     for frame in frames:
         try:
-            total += (decode_dense(frame) if frame.dense else decode(frame)).to(gradient.device)
+            total += _decoded(frame, decode, add).to(gradient.device)
         except ValueError as error:
             raise wire.WireError(frame.sender, slot.name, "a payload that decodes", error) from error
     return total
+
+
+def _decoded(
+    frame: wire.Frame,
+    decode: Callable[[wire.Frame], Tensor] | None,
+    add: Callable[[Sequence[Tensor], Tensor], object] | None,
+) -> Tensor:
+    if frame.dense:
+        return decode_dense(frame)
+    if decode:
+        return decode(frame)
+    assert add, "either decode or add"
+    alone = torch.zeros(frame.numel, dtype=torch.float32)
+    add([frame.payload], alone)
+    return alone
 
 
 def fits(payload: Tensor, gradient: Tensor) -> bool:

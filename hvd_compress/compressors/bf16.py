@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import wire
+from .. import kernels
 from ..requests import Exchange
-from .base import Compressor, Slot, flat32, gather_sum, max_abs
+from .base import Compressor, Slot, flat, gather_sum
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class BF16Compressor(Compressor):
     algorithm = 2
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        values = flat32(gradient).to(torch.bfloat16)
-        payload = values.view(torch.uint8) if max_abs(values) < math.inf else None
-        return (yield from gather_sum(self, slot, gradient, payload, _decode, rate=16.0))
+        values = flat(gradient)
+        payload: Tensor | None = torch.empty(2 * values.numel(), dtype=torch.uint8)
+        if kernels.of(values).bfloat_encode(values, payload) == kernels.NOT_FINITE:
+            payload = None
+        return (yield from gather_sum(self, slot, gradient, payload, add=_add, rate=16.0))
 
 
-def _decode(frame: wire.Frame) -> Tensor:
-    if frame.payload.numel() != 2 * frame.numel:
-        raise ValueError(f"{frame.payload.numel()} bytes for {frame.numel} bfloat16 elements")
-    return frame.payload.view(torch.bfloat16).to(torch.float32)
+def _add(payloads: Sequence[Tensor], out: Tensor) -> None:
+    kernels.of(out).bfloat_sum(payloads, 1.0, out)

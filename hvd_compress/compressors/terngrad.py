@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..requests import Allreduce, Exchange, ReduceOp
-from .base import Compressor, Slot, encode_dense, fits, flat32, gather_sum, max_abs
+from .base import Compressor, Slot, encode_dense, fits, flat, flat32, gather_sum
 
 _SCALER = struct.Struct("<f")
 
@@ -36,7 +37,7 @@ class TernGradCompressor(Compressor):
             raise ValueError(f"clip_sigma must be positive, or None for no clipping: {self.clip_sigma}")
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        values = flat32(gradient)
+        values = flat(gradient)
         bound = clipping_bound(values, self.clip_sigma)
         scaler = bound
         if self.share_scaler:
@@ -46,18 +47,13 @@ class TernGradCompressor(Compressor):
                 return None
         payload, flags = None, 0
         if bound < math.inf:
-            payload = self.encode(slot, values.clamp(-bound, bound), scaler)
-            if not fits(payload, gradient):
-                payload, flags = encode_dense(values, gradient.dtype)[0], wire.DENSE
-        return (yield from gather_sum(self, slot, gradient, payload, _decode, rate=2.0, flags=flags))
-
-    @staticmethod
-    def encode(slot: Slot, clipped: Tensor, scaler: float) -> Tensor:
-        """Payload, uint8 [4 + numel / 4 rounded up to 32]: scaler, then the packed codes of float32 [numel]."""
-        key = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
-        bits = kernels.random_bits(clipped.numel(), key, clipped.device)
-        codes = kernels.pack_ternary(kernels.ternarize(clipped, scaler, bits))
-        return torch.cat([torch.frombuffer(bytearray(_SCALER.pack(scaler)), dtype=torch.uint8), codes.cpu()])
+            payload = torch.empty(4 + kernels.ternary_bytes(values.numel()), dtype=torch.uint8)
+            if fits(payload, gradient):
+                key = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+                kernels.of(values).ternary_encode(values, bound, scaler, key, payload)
+            else:
+                payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
+        return (yield from gather_sum(self, slot, gradient, payload, add=_add, rate=2.0, flags=flags))
 
 
 def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:
@@ -66,17 +62,13 @@ def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:
     sigma is the population standard deviation about the mean, the clipping interval is centred on 0. A constant
     gradient has sigma 0 and is not clipped: clipping would erase it.
     """
-    largest = max_abs(values)
-    if clip_sigma is None or not 0 < largest < math.inf:
-        return largest
-    sigma = float(values.to(torch.float64).std(correction=0))
+    kernel = kernels.of(values)
+    if clip_sigma is None:
+        return float(kernel.largest(values))
+    largest, sigma = kernel.moments(values)
     bound = _SCALER.unpack(_SCALER.pack(clip_sigma * sigma))[0] if clip_sigma * sigma < largest else largest
-    return bound if bound > 0 else largest
+    return float(bound if bound > 0 else largest)
 
 
-def _decode(frame: wire.Frame) -> Tensor:
-    expected = _SCALER.size + kernels.ternary_bytes(frame.numel)
-    if frame.payload.numel() != expected:
-        raise ValueError(f"{frame.payload.numel()} bytes, not {expected}, for {frame.numel} ternary elements")
-    (scaler,) = _SCALER.unpack(frame.payload[: _SCALER.size].numpy().tobytes())
-    return kernels.unpack_ternary(frame.payload[_SCALER.size :], frame.numel, scaler)
+def _add(payloads: Sequence[Tensor], out: Tensor) -> None:
+    kernels.of(out).ternary_sum(payloads, 1.0, out)

@@ -17,6 +17,7 @@ from hvd_compress.compressors import (
     Compressor,
     FP16Compressor,
     NoneCompressor,
+    QSGDCompressor,
     Slot,
     TernGradCompressor,
     TopKCompressor,
@@ -44,8 +45,14 @@ TOPK = {
     "topk_0.3": TopKCompressor(density=0.3),
     "topk_1.0": TopKCompressor(density=1.0),
 }
+QSGD = {
+    "qsgd": QSGDCompressor(),
+    "qsgd_1": QSGDCompressor(bits=1),
+    "qsgd_3_l2": QSGDCompressor(bits=3, bucket_size=64, norm="l2"),
+    "qsgd_8": QSGDCompressor(bits=8, bucket_size=256),
+}
 STATEFUL: dict[str, Compressor] = {**ADACOMP, **TOPK}
-FRAMED: dict[str, Compressor] = {"bf16": BF16Compressor(), **TERNGRAD, **STATEFUL}
+FRAMED: dict[str, Compressor] = {"bf16": BF16Compressor(), **TERNGRAD, **QSGD, **STATEFUL}
 EVERY: dict[str, Compressor] = {**SUMMED, **FRAMED}
 SIZES = (1, 2, 3, 5)
 

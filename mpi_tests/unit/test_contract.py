@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from hvd_compress import kernels, wire
-from hvd_compress.compressors import AdaCompCompressor, BF16Compressor, TernGradCompressor, TopKCompressor
+from hvd_compress.compressors import (
+    AdaCompCompressor,
+    BF16Compressor,
+    QSGDCompressor,
+    TernGradCompressor,
+    TopKCompressor,
+)
 from hvd_compress.local import LocalRanks
 from hvd_compress.memory import ErrorFeedback
 from hvd_compress.requests import Allgather
@@ -111,7 +117,7 @@ def test_only_stochastic_compressors_depend_on_seed_and_step(compressor, other):
     first = run(compressor, gradients, seed=7, step=3)
     second = run(compressor, gradients, **({"seed": 7, "step": 3} | other))
     same = [bits(a) == bits(b) for a, b in zip(first.frames, second.frames)]
-    assert same == [not isinstance(compressor, TernGradCompressor)] * 2
+    assert same == [not isinstance(compressor, (TernGradCompressor, QSGDCompressor))] * 2
 
 
 def test_stochastic_frames_differ_by_rank_and_parameter():
@@ -136,6 +142,9 @@ def test_frames_have_the_size_that_the_format_says(compressor, tensor):
             assert frame.numel() == 36 + 2 * numel + (-2 * numel) % 4
         elif isinstance(compressor, TernGradCompressor):
             assert frame.numel() == 36 + 4 + 32 * math.ceil(numel / 128)
+        elif isinstance(compressor, QSGDCompressor):
+            norms, blocks = math.ceil(numel / compressor.bucket_size), math.ceil(numel / 256)
+            assert frame.numel() == 36 + 4 * norms + 32 * compressor.bits * blocks
         elif isinstance(compressor, TopKCompressor):
             k = min(math.ceil(round(compressor.density * numel, 6)), numel)
             payload = 4 * math.ceil(numel / 65536) + 6 * k
@@ -446,8 +455,10 @@ def test_constant_gradients_are_not_erased(compressor, tensor):
     sent = total != 0
     assert bool(sent.any())
     exact = not isinstance(compressor, TopKCompressor)
-    assert bool(torch.allclose(total[sent], tensor.view(-1)[sent], rtol=2.0**-8))
-    assert bool(sent.all()) or not exact
+    assert bool((total[sent] * tensor.view(-1)[sent] > 0).all())
+    if getattr(compressor, "norm", "max") != "l2":  # of a norm above all values, they are right on average alone
+        assert bool(torch.allclose(total[sent], tensor.view(-1)[sent], rtol=2.0**-8))
+        assert bool(sent.all()) or not exact
 
 
 @every

@@ -1,0 +1,46 @@
+"""Which implementation runs: the C++ kernels for tensors that they can read, torch operations for all others."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..log import log
+from . import native, prune, reference
+
+_level: str | None = None  # "torch", or one of native.LEVELS; None before the first use
+
+
+def use(level: str) -> str:
+    """Use "torch", or the C++ kernels of "plain" or at most "avx2", from now on; returns what is in use then."""
+    global _level
+    _level = "torch" if level == "torch" else native.select(level) or "torch"
+    return _level
+
+
+def in_use() -> str:
+    """The implementation for contiguous float32, float16 and bfloat16 tensors on the CPU: torch, plain or avx2."""
+    level = _level
+    if level is None:
+        asked = native.requested()
+        level = use(asked)
+        if level == "torch" != asked:
+            log.warning(
+                "the C++ kernels are not there, as if installed without a compiler: torch operations, ten and more "
+                "times slower, take their place. Remedy: install a C++17 compiler, and hvd_compress again."
+            )
+    return level
+
+
+def of(gradient: Tensor) -> ModuleType:
+    """The module, native or reference, whose functions take this tensor."""
+    return native if in_use() != "torch" and native.takes(gradient) else reference
+
+
+def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:
+    """As kernels.prune.prune_dense, in one pass where a kernel can."""
+    if 0 < threshold < torch.finfo(torch.float32).max and gradient.dtype == torch.float32 and gradient.numel():
+        return of(gradient).prune_dense(gradient, threshold, key)
+    return prune.prune_dense(gradient, threshold, key)

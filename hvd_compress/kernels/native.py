@@ -1,0 +1,170 @@
+"""The C++ kernels, by ctypes: they take pointers, release the GIL, and write the bytes of kernels/reference.py."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import c_double, c_float, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .codec import NOT_FINITE, PayloadError
+from .moments import deviation
+from .quantise import quantised_bytes
+from .ternary import ternary_bytes
+
+LEVELS = ("plain", "avx2")  # in the order of their numbers
+VARIABLE = "HVD_COMPRESS_KERNELS"
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_READABLE = {*_TYPES, torch.uint8}  # payloads, too
+_INFINITY_BITS = 0x7F800000
+_LIBRARY = Path(__file__).with_name("_native.so")
+
+# Result and arguments of every function.
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "hc_select": (c_int, [c_int]),
+    "hc_crc32": (c_uint32, [c_uint32, c_void_p, c_size_t]),
+    "hc_moments": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
+    "hc_largest": (c_int32, [c_void_p, c_int, c_size_t]),
+    "hc_ternary_encode": (None, [c_void_p, c_int, c_size_t, c_float, c_float, c_uint64, c_void_p]),
+    "hc_ternary_sum": (None, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
+    "hc_quantise_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_int, c_uint64, c_void_p]),
+    "hc_quantise_sum": (None, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_float, c_void_p]),
+    "hc_prune_dense": (c_uint64, [c_void_p, c_size_t, c_float, c_uint64, c_void_p, c_void_p]),
+    "hc_bfloat_encode": (c_int, [c_void_p, c_int, c_size_t, c_void_p]),
+    "hc_bfloat_sum": (None, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
+}
+
+
+def _load() -> ctypes.CDLL | None:
+    if not _LIBRARY.exists():
+        return None
+    library = ctypes.CDLL(str(_LIBRARY))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+_library = _load()
+
+
+def select(level: str) -> str | None:
+    """Use the kernels of `level`, one of LEVELS, or of less where the processor lacks it; None without a library."""
+    return None if _library is None else LEVELS[_library.hc_select(LEVELS.index(level))]
+
+
+def takes(gradient: Tensor) -> bool:
+    """Whether the kernels can read this tensor where it lies."""
+    return gradient.device.type == "cpu" and gradient.dtype in _READABLE and gradient.is_contiguous()
+
+
+def crc32(header: bytes, payload: Tensor) -> int:
+    """CRC-32 (IEEE) of `header` and `payload`."""
+    assert _library is not None
+    crc = _library.hc_crc32(0, header, len(header))
+    return int(_library.hc_crc32(crc, payload.data_ptr(), payload.numel()))
+
+
+def largest(gradient: Tensor) -> float:
+    assert _library is not None
+    return _magnitude(_library.hc_largest(*_array(gradient)))
+
+
+def moments(gradient: Tensor) -> tuple[float, float]:
+    assert _library is not None
+    sums = (c_double * 2)()
+    top = _magnitude(_library.hc_moments(*_array(gradient), sums))
+    finite = 0 < top < float("inf")
+    return top, deviation(sums[1], sums[0], gradient.numel()) if finite else 0.0
+
+
+def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, payload: Tensor) -> int:
+    assert _library is not None
+    length = _room(payload, 4 + ternary_bytes(gradient.numel()))
+    start = payload.data_ptr()
+    c_float.from_address(start).value = scaler
+    _library.hc_ternary_encode(*_array(gradient), bound, scaler, key, start + 4)
+    return length
+
+
+def ternary_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    _expect(payloads, 4 + ternary_bytes(out.numel()))
+    scalers = (c_float * len(payloads))(*(c_float.from_address(p.data_ptr()).value for p in payloads))
+    codes = _addresses(payloads, 4)
+    _library.hc_ternary_sum(codes, scalers, len(payloads), out.numel(), divisor, out.data_ptr())
+    return largest(out)
+
+
+def quantise_encode(gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, payload: Tensor) -> int:
+    assert _library is not None
+    length = _room(payload, quantised_bytes(gradient.numel(), bits, bucket_size))
+    failed = _library.hc_quantise_encode(*_array(gradient), bits, bucket_size, l2, key, payload.data_ptr())
+    return NOT_FINITE if failed else length
+
+
+def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    _expect(payloads, quantised_bytes(out.numel(), bits, bucket_size))
+    addresses = _addresses(payloads)
+    _library.hc_quantise_sum(addresses, len(payloads), out.numel(), bits, bucket_size, divisor, out.data_ptr())
+    return largest(out)
+
+
+def bfloat_encode(gradient: Tensor, payload: Tensor) -> int:
+    assert _library is not None
+    length = _room(payload, 2 * gradient.numel())
+    return NOT_FINITE if _library.hc_bfloat_encode(*_array(gradient), payload.data_ptr()) else length
+
+
+def bfloat_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    _expect(payloads, 2 * out.numel())
+    _library.hc_bfloat_sum(_addresses(payloads), len(payloads), out.numel(), divisor, out.data_ptr())
+    return largest(out)
+
+
+def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:
+    """As kernels.prune.prune_dense, for contiguous float32 on the CPU."""
+    assert _library is not None
+    pruned, total = torch.empty_like(gradient), c_double()
+    start, numel = gradient.data_ptr(), gradient.numel()
+    below = _library.hc_prune_dense(start, numel, threshold, key, pruned.data_ptr(), ctypes.byref(total))
+    return pruned, total.value, int(below)
+
+
+def _array(gradient: Tensor) -> tuple[int, int, int]:
+    return gradient.data_ptr(), _TYPES[gradient.dtype], gradient.numel()
+
+
+def _magnitude(bits: int) -> float:
+    return float("inf") if bits >= _INFINITY_BITS else c_float.from_buffer(c_int32(bits)).value
+
+
+def _addresses(payloads: Sequence[Tensor], offset: int = 0) -> Any:
+    return (c_void_p * len(payloads))(*(payload.data_ptr() + offset for payload in payloads))
+
+
+def _room(payload: Tensor, length: int) -> int:
+    assert payload.numel() >= length, f"{length} bytes do not fit in {payload.numel()}"
+    return length
+
+
+def _expect(payloads: Sequence[Tensor], length: int) -> None:
+    for rank, payload in enumerate(payloads):
+        if payload.numel() != length:
+            raise PayloadError(rank, f"{payload.numel()} bytes instead of {length}")
+
+
+def requested() -> str:
+    """What the environment asks for: torch, plain or avx2. Raises ValueError for anything else."""
+    level = os.environ.get(VARIABLE, LEVELS[-1])
+    if level not in ("torch", *LEVELS):
+        raise ValueError(f"{VARIABLE} must be torch, {' or '.join(LEVELS)}: {level!r}")
+    return level

@@ -1,0 +1,83 @@
+// Moves the lanes that a mask names together, and back.
+#pragma once
+
+#include "vec.hpp"
+
+namespace HC_LEVEL {
+
+#ifdef __AVX2__
+
+// Of each 8-bit mask the set lanes in order, three bits each; and the place of each lane among the set ones.
+struct Permutations {
+    uint32_t compacting[256], expanding[256];
+
+    constexpr Permutations() : compacting(), expanding() {
+        for (uint32_t mask = 0; mask < 256; mask++) {
+            uint32_t count = 0;
+            for (uint32_t lane = 0; lane < 8; lane++) {
+                if (mask >> lane & 1) {
+                    compacting[mask] |= lane << (4 * count);
+                    expanding[mask] |= count++ << (4 * lane);
+                }
+            }
+        }
+    }
+};
+inline constexpr Permutations PERMUTATIONS;
+
+inline I8 nibbles(uint32_t packed) {
+    return {_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(packed)),
+                              _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28))};
+}
+
+// Writes the named lanes to `out`, and up to eight in all: their number is returned.
+inline size_t compact(float* out, F8 a, int mask) {
+    fstore(out, lookup(a, nibbles(PERMUTATIONS.compacting[mask])));
+    return static_cast<size_t>(__builtin_popcount(static_cast<unsigned>(mask)));
+}
+inline size_t compact(int32_t* out, I8 a, int mask) {
+    istore(out, as_int(lookup(as_float(a), nibbles(PERMUTATIONS.compacting[mask]))));
+    return static_cast<size_t>(__builtin_popcount(static_cast<unsigned>(mask)));
+}
+
+// The `count` values at `packed` (of any alignment), each in the next lane that the mask names.
+inline F8 expand(const void* packed, int mask, size_t count) {
+    float values[LANES] = {};
+    std::memcpy(values, packed, count * sizeof(float));
+    return lookup(fload(values), nibbles(PERMUTATIONS.expanding[mask]));
+}
+
+#else
+
+inline size_t compact(float* out, F8 a, int mask) {
+    size_t count = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        if (mask >> lane & 1) {
+            out[count++] = a.v[lane];
+        }
+    }
+    return count;
+}
+inline size_t compact(int32_t* out, I8 a, int mask) {
+    size_t count = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        if (mask >> lane & 1) {
+            out[count++] = a.v[lane];
+        }
+    }
+    return count;
+}
+inline F8 expand(const void* packed, int mask, size_t) {
+    F8 r = fset(0);
+    size_t next = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        if (mask >> lane & 1) {
+            std::memcpy(&r.v[lane], static_cast<const char*>(packed) + 4 * next++, 4);
+        }
+    }
+    return r;
+}
+
+#endif
+
+}  // namespace HC_LEVEL

@@ -1,0 +1,93 @@
+// The kernels for one instruction set: compiled once with AVX2 (HC_LEVEL=avx2), once without (HC_LEVEL=plain).
+#include "level.hpp"
+
+#include "cast.hpp"
+#include "prune.hpp"
+#include "quantise.hpp"
+#include "ternary.hpp"
+
+#include <type_traits>
+
+namespace HC_LEVEL {
+namespace {
+
+// Calls `f` with the gradient's pointer in its own type.
+template <class F> auto with_type(const void* x, int type, F f) {
+    switch (type) {
+        case 1: return f(static_cast<const Half*>(x));
+        case 2: return f(static_cast<const BFloat*>(x));
+        default: return f(static_cast<const float*>(x));
+    }
+}
+
+// Calls `f` with `bits` as a constant.
+template <class F> auto with_bits(int bits, F f) {
+    switch (bits) {
+        case 1: return f(std::integral_constant<int, 1>());
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 4: return f(std::integral_constant<int, 4>());
+        case 5: return f(std::integral_constant<int, 5>());
+        case 6: return f(std::integral_constant<int, 6>());
+        case 7: return f(std::integral_constant<int, 7>());
+        default: return f(std::integral_constant<int, 8>());
+    }
+}
+
+int32_t moments_(const void* x, int type, size_t numel, double* sums) {
+    return with_type(x, type, [&](auto* p) {
+        float first[LANES] = {};
+        if (numel) {
+            fstore(first, load(p, 1));
+        }
+        const Moments m = moments(p, numel, first[0]);
+        sums[0] = m.sum;
+        sums[1] = m.squares;
+        return m.largest_bits;
+    });
+}
+
+int32_t largest_(const void* x, int type, size_t numel) {
+    return with_type(x, type, [&](auto* p) { return largest_bits(p, numel); });
+}
+
+void ternary_encode_(const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, uint8_t* codes) {
+    with_type(x, type, [&](auto* p) { ternary_encode(p, numel, bound, scaler, key, codes); });
+}
+
+int quantise_encode_(
+    const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload) {
+    float* norms = reinterpret_cast<float*>(payload);
+    uint8_t* codes = payload + 4 * ((numel + bucket - 1) / bucket);
+    return with_type(x, type, [&](auto* p) {
+        return with_bits(bits, [&](auto b) {
+            return quantise_encode_as<b.value>(p, numel, bucket, l2 != 0, key, norms, codes);
+        });
+    });
+}
+
+void quantise_sum_(
+    const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out) {
+    with_bits(bits, [&](auto b) { quantise_sum_as<b.value>(payloads, ranks, numel, bucket, divisor, out); });
+}
+
+uint64_t prune_dense_(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum) {
+    const Pruned pruned = (is_normal(threshold) ? prune_dense_as<true> : prune_dense_as<false>)(
+        x, numel, threshold, key, out);
+    *sum = pruned.sum;
+    return pruned.below;
+}
+
+int bfloat_encode_(const void* x, int type, size_t numel, uint8_t* out) {
+    return with_type(x, type, [&](auto* p) { return bfloat_encode(p, numel, out); });
+}
+
+}  // namespace
+
+extern const Level LEVEL;
+const Level LEVEL = {
+    moments_,     largest_,     ternary_encode_, ternary_sum, quantise_encode_,
+    quantise_sum_, prune_dense_, bfloat_encode_,  bfloat_sum,
+};
+
+}  // namespace HC_LEVEL
