@@ -47,6 +47,13 @@ def test_example_runs_and_compares_its_methods(launcher, ranks, example, methods
             assert row["compressed_ratio"] > 4, row
 
 
+def test_the_example_of_one_process_runs():
+    example = ROOT / "examples" / "activation_pruning.py"
+    ended = start([sys.executable, str(example), "--epochs", "1"]).end(90 * patience())
+    assert ended.code == 0, str(ended)
+    assert "pruned gradients: test accuracy" in str(ended)
+
+
 @pytest.mark.parametrize("block", list(fenced("bash", "sh", "shell")))
 def test_documented_commands_run(block):
     for line in block.replace("\\\n", " ").splitlines():
