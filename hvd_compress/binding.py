@@ -33,7 +33,7 @@ class Binding:
         _check(pairs, exclude)
         self.parameters = [parameter for _, parameter in pairs]
         self.slots = [
-            Slot(name, index, parameter.shape, seed=seed, memory=memory)
+            Slot(name, index, parameter.shape, seed=seed, memory=memory, parameter=parameter)
             for index, (name, parameter) in enumerate(pairs)
         ]
         if isinstance(compressor, SummedCompressor):  # costs nothing extra, so that no tensor is too small for it
@@ -47,6 +47,8 @@ class Binding:
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
             for name, p in pairs
         ]
+        for slot, compressed in zip(self.slots, self.compressed):
+            slot.compressed = compressed
         self._next: dict[int, int] = {}  # whose hook came after whose
         self._last = -1
 
@@ -82,12 +84,19 @@ def parameters_of_optimizer(compression: object) -> NamedParameters:
 
     For a compression that is passed unbound, as Horovod's own are. Raises ValueError if no optimizer has it.
     """
+    if (optimizer := optimizer_of(compression)) is None:
+        raise ValueError(f"{compression!r} does not know its parameters: call it with model.named_parameters()")
+    groups = enumerate(optimizer.param_groups)
+    return [(f"{g}.{i}", p) for g, group in groups for i, p in enumerate(group["params"])]
+
+
+def optimizer_of(compression: object) -> torch.optim.Optimizer | None:
+    """The optimizer that was given `compression`: Horovod's does not introduce itself."""
     for referrer in gc.get_referrers(compression):
         for owner in (referrer, *gc.get_referrers(referrer)):
             if isinstance(owner, torch.optim.Optimizer):
-                groups = enumerate(owner.param_groups)
-                return [(f"{g}.{i}", p) for g, group in groups for i, p in enumerate(group["params"])]
-    raise ValueError(f"{compression!r} does not know its parameters: call it with model.named_parameters()")
+                return owner
+    return None
 
 
 def _check(pairs: Sequence[tuple[str, Tensor]], exclude: Collection[str]) -> None:

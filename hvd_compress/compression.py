@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
+from .adaptive import Accordion, LGreCo, Options, Planner, Policy, Replay, TimeCost
 from .binding import NamedParameters
 from .compressors import (
     AdaCompCompressor,
     BF16Compressor,
     Compressor,
+    DGCCompressor,
     FP16Compressor,
+    MaskedCompressor,
+    MaskSource,
     NoneCompressor,
+    PowerSGDCompressor,
     QSGDCompressor,
+    ScaleComCompressor,
+    StochasticPruningCompressor,
     TernGradCompressor,
     TopKCompressor,
 )
 from .gradient_compression import GradientCompression
+from .schedules import ExponentialWarmup, Rate
 
 
 def _bound(compressor: Compressor, named_parameters: NamedParameters, options: dict[str, Any]) -> GradientCompression:
     # No parameters (None) is not the same as no parameters yet.
     return GradientCompression(compressor, () if named_parameters is None else named_parameters, **options)
+
+
+def _adapted(
+    base: GradientCompression, policy: Policy, plan: str | Path | None, options: Options
+) -> GradientCompression:
+    if not isinstance(base, GradientCompression) or not base.bound:
+        raise ValueError(f"base must be a compression with its parameters, as Compression.topk(...) gives: {base!r}")
+    return base.adapt(Planner(policy, options) if plan is None else Replay(plan, policy))
 
 
 class _Unbound:
@@ -64,19 +82,19 @@ class Compression:
 
     @staticmethod
     def adacomp(
-        named_parameters: NamedParameters, *, bin_size: int | None = None, **options: Any
+        named_parameters: NamedParameters, *, bin_size: Rate | None = None, **options: Any
     ) -> GradientCompression:
         """AdaComp: the active elements of each bin, with error feedback (Chen et al., AAAI 2018). See docs/adacomp.md.
 
-        bin_size: None for 50 in convolutions and 500 elsewhere.
+        bin_size: 1 to 16384, or a schedule of it; None for 50 in convolutions and 500 elsewhere.
         """
         return _bound(AdaCompCompressor(bin_size=bin_size), named_parameters, options)
 
     @staticmethod
-    def topk(named_parameters: NamedParameters, *, density: float = 0.01, **options: Any) -> GradientCompression:
+    def topk(named_parameters: NamedParameters, *, density: Rate = 0.01, **options: Any) -> GradientCompression:
         """Top-k: exactly the ceil(density * numel) largest entries of each tensor, with error feedback.
 
-        density: in (0, 1].
+        density: in (0, 1], or a schedule of it, such as schedules.ExponentialWarmup.
         """
         return _bound(TopKCompressor(density=density), named_parameters, options)
 
@@ -84,14 +102,186 @@ class Compression:
     def qsgd(
         named_parameters: NamedParameters,
         *,
-        bits: int = 4,
+        bits: Rate = 4,
         bucket_size: int = 512,
         norm: str = "max",
         **options: Any,
     ) -> GradientCompression:
-        """QSGD: stochastically rounded to `bits` bits, 1 to 8, unbiased, no state (Alistarh et al., NeurIPS 2017).
+        """QSGD: stochastically rounded to `bits` bits, unbiased, no state (Alistarh et al., NeurIPS 2017).
 
+        bits: 1 to 8, or a schedule of it, such as schedules.Steps.evenly((3, 4, 6, 8), steps).
         bucket_size: elements that share a norm, a multiple of 8.
         norm: "max", or "l2" as in the paper.
         """
         return _bound(QSGDCompressor(bits=bits, bucket_size=bucket_size, norm=norm), named_parameters, options)
+
+    @staticmethod
+    def powersgd(
+        named_parameters: NamedParameters, *, approximation_rank: Rate = 4, **options: Any
+    ) -> GradientCompression:
+        """PowerSGD: low-rank factors, with error feedback and warm start (Vogels et al., NeurIPS 2019).
+
+        approximation_rank: at least 1, or a schedule of it. What it would not halve travels as it is.
+        """
+        return _bound(PowerSGDCompressor(approximation_rank=approximation_rank), named_parameters, options)
+
+    @staticmethod
+    def scalecom(
+        named_parameters: NamedParameters,
+        *,
+        density: Rate = 0.001,
+        beta: float = 1.0,
+        chunk: int | None = None,
+        **options: Any,
+    ) -> GradientCompression:
+        """ScaleCom: the ranks in turn pick the entries that all send, so that traffic does not grow with their number
+        (Chen et al., NeurIPS 2020).
+
+        density: fraction of the entries, in (0, 1], or a schedule of it.
+        beta: of the low-pass filter of the residual, in (0, 1]; 1 for none. Below 1 gradients are lost in part.
+        chunk: pick the largest of each chunk of so many elements instead, without a sort.
+        """
+        return _bound(ScaleComCompressor(density=density, beta=beta, chunk=chunk), named_parameters, options)
+
+    @staticmethod
+    def dgc(
+        named_parameters: NamedParameters,
+        *,
+        density: Rate = 0.001,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        clip: float | None = None,
+        weight_decay: float = 0.0,
+        warmup: int = 0,
+        **options: Any,
+    ) -> GradientCompression:
+        """Deep Gradient Compression: top-k of what momentum has accumulated (Lin et al., ICLR 2018).
+
+        It applies the momentum *in place of* the optimizer, which must have none; otherwise an error says so on every
+        rank, under Horovod at the first gradient.
+
+        density: fraction of the entries, in (0, 1], or a schedule of it.
+        momentum, nesterov, weight_decay: as of torch.optim.SGD.
+        clip: limit of the norm of each tensor's gradient, before it accumulates; None for none.
+        warmup: steps, in the paper an epoch, at each of the densities 1/4, 1/16, ... that lead to `density`.
+        """
+        if warmup:
+            if callable(density):
+                raise ValueError("warmup= leads to a density that is a number: give one, or the whole schedule")
+            density = ExponentialWarmup(interval=warmup, final=density)
+        compressor = DGCCompressor(
+            density=density, momentum=momentum, nesterov=nesterov, clip=clip, weight_decay=weight_decay
+        )
+        return _bound(compressor, named_parameters, options)
+
+    @staticmethod
+    def masked(
+        masks: MaskSource | Callable[[], MaskSource],
+        named_parameters: NamedParameters | None = None,
+        *,
+        dense: GradientCompression | None = None,
+        **options: Any,
+    ) -> GradientCompression:
+        """Only the gradients of kept weights, as they are, while weights are pruned.
+
+        masks: training.ACDC or training.Masks, with the names of `named_parameters`; or a function that returns it, for
+            one that is made later: `lambda: acdc`.
+        named_parameters: those of the model of an ACDC need not be given.
+        dense: how all else travels, and everything while no mask is set: any other compression, but not dgc; its own
+            options, such as min_numel, are not used. None for as it is.
+        """
+        compressor: Compressor = NoneCompressor()
+        if dense is not None:
+            dense.delist()
+            compressor = dense.compressor
+        if named_parameters is None:
+            if not (of_model := getattr(masks, "named_parameters", None)):
+                raise ValueError(f"{masks!r} does not know its model: give model.named_parameters() after it")
+            named_parameters = of_model()
+        return _bound(MaskedCompressor(masks=masks, dense=compressor), named_parameters, options)
+
+    @staticmethod
+    def stochastic_pruning(
+        named_parameters: NamedParameters, *, rate: Rate = 0.9, **options: Any
+    ) -> GradientCompression:
+        """Small elements become 0 or plus or minus a threshold at random, unbiased (after Ye et al., ECCV 2020).
+
+        rate: fraction of the elements below the threshold, in (0, 1), or a schedule of it.
+        """
+        return _bound(StochasticPruningCompressor(rate=rate), named_parameters, options)
+
+    @staticmethod
+    def lgreco(
+        base: GradientCompression,
+        *,
+        interval: int = 1000,
+        warmup_steps: int | None = None,
+        window: int = 10,
+        alpha: float = 1.0,
+        levels: int = 10_000,
+        objective: Literal["bytes", "time"] = "bytes",
+        reference: Accordion | None = None,
+        rates: Sequence[float] | None = None,
+        reach: float = 4.0,
+        errors: Literal["lasting", "single"] = "lasting",
+        errors_of: Literal["all", "rank0"] = "all",
+        link: TimeCost | None = None,
+        log: str | Path | None = None,
+        plan: str | Path | None = None,
+    ) -> GradientCompression:
+        """L-GreCo: a rate for each layer, such that all together send least at no more error than `base` makes
+        (Markov et al., MLSys 2024). Returns `base`, which adapts from now on. See docs/adaptive.md.
+
+        base: Compression.qsgd, topk, powersgd or adacomp; its own rates are the reference.
+        interval, warmup_steps: steps between decisions, and before the first; None for `interval`.
+        window: of so many steps before a decision the gradients are added up, with their residuals.
+        alpha: total error allowed, as a multiple of that of the reference.
+        levels: into how many parts that error is cut.
+        objective: "bytes", or "time" as the job's network takes it, by latency and bandwidth.
+        reference: an adaptive.Accordion whose choice is the reference, instead of the rates of `base`.
+        rates, reach: what to choose from: these instead of the compressor's candidates, up to this factor from its own.
+        errors: "lasting": what remains unsent after many steps; "single": of one step, as in the authors' code.
+        errors_of: "all" ranks, or "rank0" alone, as in the authors' code.
+        link: for objective="time" in place of measuring.
+        log: file that rank 0 appends each plan to, with what it was made from.
+        plan: such a log, whose plans are repeated in place of deciding.
+
+        Raises ValueError for options that cannot work, and for a base that has no rates.
+        """
+        policy = LGreCo(alpha=alpha, levels=levels, reference=reference)
+        options = Options(
+            interval=interval,
+            warmup_steps=warmup_steps,
+            window=window,
+            reach=reach,
+            rates=None if rates is None else tuple(rates),
+            objective=objective,
+            errors=errors,
+            errors_of=errors_of,
+            link=link,
+            log=log,
+        )
+        return _adapted(base, policy, plan, options)
+
+    @staticmethod
+    def accordion(
+        base: GradientCompression,
+        low: float,
+        high: float,
+        *,
+        eta: float = 0.5,
+        interval: int = 1000,
+        warmup_steps: int | None = None,
+        window: int = 10,
+        log: str | Path | None = None,
+        plan: str | Path | None = None,
+    ) -> GradientCompression:
+        """Accordion: low compression for layers whose gradients are changing, high for the others (Agarwal et al.,
+        MLSys 2021). Returns `base`, which adapts from now on.
+
+        low, high: rates of low and of high compression, such as densities 0.1 and 0.01.
+        eta: relative change of the norm of a layer's gradients, from one decision to the next, that makes it critical.
+        interval, warmup_steps, window, log, plan: as of `lgreco`.
+        """
+        options = Options(interval=interval, warmup_steps=warmup_steps, window=window, log=log)
+        return _adapted(base, Accordion(low=low, high=high, eta=eta), plan, options)

@@ -9,12 +9,15 @@ in which they arrive, which is not.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from .requests import Allreduce, Broadcast, Exchange, Request, sent_bytes
+from .telemetry import Collective, Telemetry
 from .transports.base import Pending, Transport
 
 
@@ -33,23 +36,29 @@ class Ticket:
 
     def advance(self, answer: Any) -> None:
         """Resume the exchange with `answer`, up to its next request or its end."""
+        if (spans := self.bucket.telemetry.spans) is not None:
+            spans.begin()
         try:
             self.request = self._exchange.send(answer)
         except StopIteration as end:
             self.total, self.request, self.done = end.value, None, True
+        finally:
+            if spans is not None:
+                spans.end("decode" if self.done else "encode")
 
 
 class Bucket:
     """Exchanges that travel together, round by round."""
 
-    def __init__(self, key: str, transport: Transport) -> None:
+    def __init__(self, key: str, transport: Transport, telemetry: Telemetry) -> None:
         self.key = key
+        self.telemetry = telemetry
         self.tickets: dict[int, Ticket] = {}
         self.finished = threading.Event()
         self._transport = transport
         self._round = 0
         self._failure: BaseException | None = None
-        self._pending: list[tuple[Sequence[Ticket], Pending]] = []
+        self._pending: list[_Posted] = []
 
     def post(self) -> None:
         """Send the waiting requests, those of a kind as one collective; at the end of the last round, finish."""
@@ -57,12 +66,16 @@ class Bucket:
         for index in sorted(self.tickets):
             ticket = self.tickets[index]
             if ticket.request is not None:
-                ticket.sent_bytes += sent_bytes(ticket.request, self._transport.rank)
                 kinds.setdefault(_kind(ticket.request), []).append((ticket, ticket.request))
         self._pending = []
         for kind in sorted(kinds):  # one order on every rank
             tickets, requests = zip(*kinds[kind])
-            self._pending.append((tickets, self._transport.post(f"{self.key}.{self._round}.{kind}", requests)))
+            sizes = [sent_bytes(request) for request in requests]
+            for ticket, size in zip(tickets, sizes):
+                ticket.sent_bytes += size
+            now = time.perf_counter()
+            pending = self._transport.post(f"{self.key}.{self._round}.{kind}", requests)
+            self._pending.append(_Posted(kind, tickets, pending, sum(sizes), now))
         self._round += 1
         if not self._pending:
             self.finished.set()
@@ -71,10 +84,15 @@ class Bucket:
         """Take the answers of this round and post the next, if they are there or once they are."""
         if self._failure:
             raise self._failure
-        if not self._pending or not (block or all(pending.ready() for _, pending in self._pending)):
+        if not self._pending:
+            return
+        ready = all(posted.pending.ready() for posted in self._pending)
+        if not (block or ready):
             return
         try:
-            answered = [(tickets, pending.wait()) for tickets, pending in self._pending]
+            if not ready:
+                self._wait()
+            answered = [(posted.tickets, posted.take(self.telemetry, waited=not ready)) for posted in self._pending]
             for tickets, answers in answered:
                 for ticket, answer in zip(tickets, answers):
                     ticket.advance(answer)
@@ -83,11 +101,38 @@ class Bucket:
             self._failure = error
             raise
 
+    def _wait(self) -> None:
+        if (spans := self.telemetry.spans) is not None:
+            spans.begin()
+        try:
+            for posted in self._pending:
+                posted.pending.await_ready()
+        finally:
+            if spans is not None:
+                spans.end("exchange")
+
     def run(self) -> None:
         """Post and finish all rounds."""
         self.post()
         while not self.finished.is_set():
             self.advance(block=True)
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """A collective under way, for the requests of these tickets."""
+
+    kind: str
+    tickets: Sequence[Ticket]
+    pending: Pending
+    sent_bytes: int
+    since: float
+
+    def take(self, telemetry: Telemetry, *, waited: bool) -> Sequence[Any]:
+        seconds = time.perf_counter() - self.since
+        telemetry.collectives.append(Collective(self.kind, self.sent_bytes, seconds, waited))
+        answers: Sequence[Any] = self.pending.wait()
+        return answers
 
 
 class Engine:
@@ -98,6 +143,7 @@ class Engine:
 
     def __init__(self, transport: Transport, plan: Sequence[Sequence[int]], prefix: str = "hvd_compress") -> None:
         self.transport = transport
+        self.telemetry = Telemetry()  # until it is given another one
         self._prefix = prefix
         self._bucket_of = {index: number for number, members in enumerate(plan) for index in members}
         # Whom a bucket waits for before it goes: those that came the last time that any did.
@@ -114,7 +160,8 @@ class Engine:
             raise RuntimeError(f"parameter {index} was handed in twice before its gradient was synchronized")
         late = index not in self._expected[number]  # travels in a bucket of its own, sent at the flush
         key = f"{self._prefix}.{number}{'.late' if late else ''}"
-        bucket = self._open.setdefault(key, Bucket(key, self.transport))
+        if (bucket := self._open.get(key)) is None:
+            bucket = self._open[key] = Bucket(key, self.transport, self.telemetry)
         ticket = bucket.tickets[index] = Ticket(index, exchange, bucket)
         arrived.add(index)
         if not late and bucket.tickets.keys() == self._expected[number]:
@@ -135,11 +182,15 @@ class Engine:
 
     def flush(self) -> None:
         """Send what has arrived since the last flush and waits for company."""
+        if (spans := self.telemetry.spans) is not None:
+            spans.begin()
         for key in sorted(self._open):
             self._launch(self._open[key])
         self._open.clear()
         self._expected.update(self._arrived)
         self._arrived = {}
+        if spans is not None:
+            spans.end("python")
 
     def finish(self, ticket: Ticket) -> Tensor | None:
         """Wait for the sum over the ranks, float32 [numel]; None when the gradient of any rank is not finite."""

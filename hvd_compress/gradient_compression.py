@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from . import fingerprint
-from .binding import Binding, NamedParameters, parameters_of_optimizer
+from .adaptive import Controller
+from .binding import Binding, NamedParameters, optimizer_of, parameters_of_optimizer
 from .compressors import Compressor, SummedCompressor
 from .engine import Engine
 from .log import SINGLE_RANK, log, warn_once
-from .session import NONE, Progress, Session
+from .schedules import describe
+from .session import NONE, Progress, Session, spanned
 from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
@@ -27,8 +29,10 @@ _COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes"
 
 @dataclass(frozen=True)
 class _AddedUp:
-    """Context of a tensor that Horovod itself adds up."""
+    """Context of a tensor that Horovod itself adds up: how the gradient comes of it."""
 
+    compressor: SummedCompressor
+    shape: torch.Size
     dtype: torch.dtype
 
 
@@ -75,7 +79,8 @@ class GradientCompression(Session):
         self._id = next(_ids)
         self._enlist()
         self._mark = self._mean_mark = 0.0
-        _say_if_single_rank()
+        self._carriers: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # to copy
+        _say_if_single_rank(compressor)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
@@ -88,9 +93,18 @@ class GradientCompression(Session):
         common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
         return GradientCompression(self.compressor, named_parameters, **(common | options))
 
+    def adapt(self, controller: Controller) -> GradientCompression:
+        """Let `controller` choose the rate of each parameter from now on; returns this. Before the first exchange."""
+        if self._engine is not None or self.controller is not None:
+            raise ValueError(f"{self!r} has a controller already, or has exchanged gradients: make a new one to adapt")
+        controller.bind(self.compressor, self.slots)
+        self.controller = controller
+        self._enlist()
+        return self
+
     @property
     def _name(self) -> str:
-        return type(self.compressor).__name__.removesuffix("Compressor").lower()
+        return self.compressor.label or type(self.compressor).__name__.removesuffix("Compressor").lower()
 
     def _options(self) -> dict[str, Any]:
         return self.compressor.options() | {name: getattr(self, name) for name in _COMMON_OPTIONS}
@@ -107,9 +121,24 @@ class GradientCompression(Session):
 
     def description(self) -> fingerprint.Description:
         """What must be the same on every rank."""
-        options = {name: repr(value) for name, value in self._options().items() if name != "process_set"}
+        options = {name: describe(value) for name, value in self._options().items() if name != "process_set"}
         parameters = self.binding.describe() if self.bound else None
-        return {"version": __version__, "compressor": self._name} | options | {"parameters": parameters}
+        found = {"parameters": parameters, "conflict": self._conflict()}
+        if self.controller is not None:
+            found["controller"] = self.controller.description()
+        return {"version": __version__, "compressor": self._name} | options | found
+
+    def _conflict(self) -> str | None:
+        optimizer = optimizer_of(self) if self.compressor.replaces else None
+        return None if optimizer is None else self.compressor.conflict(optimizer)
+
+    def check_optimizer(self) -> None:
+        """Raise ValueError if this and the optimizer that was given it would both do the same, such as momentum.
+
+        After the ranks have compared their descriptions, so that all of them raise it, or none.
+        """
+        if conflict := self._conflict():
+            raise ValueError(conflict)
 
     def _enlist(self) -> None:
         if self.bound or not isinstance(self.compressor, SummedCompressor):
@@ -133,6 +162,7 @@ class GradientCompression(Session):
 
     # Horovod's interface
 
+    @spanned
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """Called by Horovod for every gradient: start its exchange, and return what Horovod is to add up.
 
@@ -140,7 +170,7 @@ class GradientCompression(Session):
         from an average and as the number of ranks from a sum, and a mark, by which sets of ranks are told apart.
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
-            return self.compressor.summand(tensor), _AddedUp(tensor.dtype)
+            return self.compressor.summand(tensor), _AddedUp(self.compressor, tensor.shape, tensor.dtype)
         if self._is_stale():  # elastic Horovod does not tell when ranks only leave
             self.rejoin(self.progress)
         if self._engine is None:
@@ -151,15 +181,25 @@ class GradientCompression(Session):
         nothing = self.size == 1 or not self.parameters[index].requires_grad
         compressor = NONE if nothing else self._compressor_of(index, tensor)
         if isinstance(compressor, SummedCompressor):
+            if self.telemetry.recording:
+                self._look(compressor, self.slots[index], tensor)
             summand = compressor.summand(tensor)
             self._record(index, tensor, summand.numel() * summand.element_size())
-            return summand, _AddedUp(tensor.dtype)
-        # Of the gradient's own type: the tensors of one of Horovod's groups must not differ in it.
-        carrier = torch.tensor([1.0, self._mark], dtype=NONE.summand(tensor[:0]).dtype, device=tensor.device)
-        ticket = self.submit(index, tensor)
+            return summand, _AddedUp(compressor, tensor.shape, tensor.dtype)
+        ticket = self._start(index, compressor, tensor, in_place=True)
+        carrier = self._carrier(tensor)
         ticket.sent_bytes += carrier.numel() * carrier.element_size()
         return carrier, (ticket, tensor)
 
+    def _carrier(self, tensor: Tensor) -> Tensor:
+        """Of the gradient's own type: the tensors of one of Horovod's groups must not differ in it."""
+        kind = tensor.dtype, tensor.device
+        if kind not in self._carriers:
+            dtype = NONE.summand(tensor[:0]).dtype
+            self._carriers[kind] = torch.tensor([1.0, self._mark], dtype=dtype, device=tensor.device)
+        return self._carriers[kind].clone()
+
+    @spanned
     def decompress(self, tensor: Tensor, context: Any) -> Tensor:
         """Called by Horovod with what it added up: finish the exchange, and return the aggregated gradient."""
         if isinstance(context, tuple):
@@ -170,7 +210,7 @@ class GradientCompression(Session):
         self._finished = True
         self._watch(tensor)
         # Horovod adds up sparse gradients without asking compress: they come with no context.
-        return tensor if context is None else tensor.to(context.dtype)
+        return tensor if context is None else context.compressor.restore(tensor, context.shape, context.dtype)
 
     def _is_average(self, carrier: Tensor) -> bool:
         """Whether Horovod averaged or summed; raises RuntimeError if it did neither, or over other ranks than ours."""
@@ -192,9 +232,15 @@ class GradientCompression(Session):
             self._bind(parameters_of_optimizer(self))
         transport = HorovodTransport(self.process_set)
         if transport.size > 1 and self._id not in self._roll.numbers:
+            for member in self._roll.members:  # by now their optimizers can be found
+                if member.compressor.replaces and member._id in self._roll.unchecked:
+                    member._enlist()
             self._roll.check(transport)
+        if transport.size > 1:
+            self.check_optimizer()
         marks = [_mark(member) for member in transport.members]
         self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
+        self._carriers.clear()
         engine = functools.partial(Engine, prefix=f"hvd_compress.{self._roll.numbers.get(self._id, 0)}")
         self.attach(transport, engine, compressed_only=True)
         if transport.rank == 0 and not any(self.binding.compressed):
@@ -206,8 +252,13 @@ def _mark(rank: int) -> float:
     return 1.0 + pow(7, rank, 97) / 64
 
 
-def _say_if_single_rank() -> None:
+def _say_if_single_rank(compressor: Compressor) -> None:
     """Horovod calls no compression at one rank, so there is no later moment to say it."""
     hvd = sys.modules.get("horovod.torch")
     if hvd is not None and hvd.is_initialized() and hvd.size() == 1:
-        warn_once(SINGLE_RANK)
+        say_single_rank(compressor)
+
+
+def say_single_rank(compressor: Compressor) -> None:
+    missing = f"; nor is there any {compressor.replaces}, so give it to the optimizer" if compressor.replaces else ""
+    warn_once(SINGLE_RANK + missing)

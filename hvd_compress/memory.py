@@ -1,4 +1,7 @@
-"""Error feedback: what was not sent yet, per parameter, and when it may change. Knows no algorithm and no transport."""
+"""Error feedback: what was not sent yet, per parameter, and when it may change. Knows no algorithm and no transport.
+
+Besides residuals some algorithms keep state of these kinds, under "<name of the parameter>/<kind>".
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+MOMENTUM = "momentum"  # float32 [numel], of this rank, in units of the loss-scaled gradient, as a residual is
+FACTOR = "factor"  # float32 [columns, approximation rank], the same on every rank; its scale does not matter
+THRESHOLD = "threshold"  # float32 [1], of this rank: a factor without unit
+_KINDS = (MOMENTUM, FACTOR, THRESHOLD)
+
+
+def key(name: str, kind: str) -> str:
+    return f"{name}/{kind}"
+
+
+def owner(of: str) -> tuple[str, str]:
+    """The parameter that a key belongs to, and the kind of its state; "" for a residual."""
+    name, _, kind = of.rpartition("/")
+    return (name, kind) if name and kind in _KINDS else (of, "")
 
 
 class ErrorFeedback:
@@ -19,6 +37,21 @@ class ErrorFeedback:
     def __init__(self) -> None:
         self.residuals: dict[str, Tensor] = {}
         self._proposed: dict[str, Tensor] = {}
+        self._spare: dict[str, Tensor] = {}  # memory of residuals that were replaced
+        self._reused: set[str] = set()  # names that ask for it
+
+    def residual(self, name: str, device: torch.device) -> Tensor | None:
+        """What was not sent of this parameter so far; None for nothing. To be read only."""
+        residual = self.residuals.get(name)
+        return None if residual is None else residual.to(device)
+
+    def room(self, name: str, gradient: Tensor) -> Tensor:
+        """Memory for the next residual of this parameter, float32 [numel], uninitialized."""
+        self._reused.add(name)
+        spare = self._spare.pop(name, None)
+        if spare is not None and spare.numel() == gradient.numel() and spare.device == gradient.device:
+            return spare
+        return torch.empty(gradient.numel(), dtype=torch.float32, device=gradient.device)
 
     def compensate(self, name: str, gradient: Tensor) -> Tensor:
         """Return gradient + residual, a new tensor; `gradient` is float32 [numel]."""
@@ -29,18 +62,23 @@ class ErrorFeedback:
         self._proposed[name] = residual
 
     def commit(self) -> None:
-        self.residuals.update(self._proposed)
+        for name, residual in self._proposed.items():
+            if name in self._reused and name in self.residuals:
+                self._spare[name] = self.residuals[name]
+            self.residuals[name] = residual
         self._proposed.clear()
 
     def discard(self) -> None:
+        self._spare.update((name, room) for name, room in self._proposed.items() if name in self._reused)
         self._proposed.clear()
 
     def rescale(self, factor: float) -> None:
-        """Multiply all residuals, as when the loss scale changes."""
+        """Multiply all that is in units of the gradient, as when the loss scale changes."""
         if factor == 1:
             return
-        for residual in self.residuals.values():
-            residual.mul_(factor)
+        for name, residual in self.residuals.items():
+            if owner(name)[1] in ("", MOMENTUM):
+                residual.mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: residual.detach().cpu().clone() for name, residual in self.residuals.items()}
@@ -55,7 +93,8 @@ def share(
 ) -> dict[str, Tensor]:
     """What rank `rank` of `size` takes over of `residuals`, by rank, that `saved_size` ranks had.
 
-    With as many ranks as before, its own. Else, for resize="sum", an equal share of the sum of all; for "reset", none.
+    With as many ranks as before, its own. Else, for resize="sum", an equal share of the sum of all, but for what is the
+    same on every rank, which it takes as it is, and for thresholds, which start anew; for "reset", none.
     Raises ValueError when residuals are needed that are not there.
     """
     if size == saved_size and rank in residuals:
@@ -67,8 +106,10 @@ def share(
             f"the state lacks the residuals of ranks {missing} of {saved_size}, needed at rank {rank} of {size}: save "
             "what gather_state_dict() returns, or load with resize='reset'"
         )
-    names = sorted({name for mine in residuals.values() for name in mine})
+    names = sorted({name for mine in residuals.values() for name in mine if owner(name)[1] != THRESHOLD})
     ranks = sorted(residuals)
+    of_ranks = {name: [residuals[r][name] for r in ranks if name in residuals[r]] for name in names}
     return {
-        name: torch.stack([residuals[r][name] for r in ranks if name in residuals[r]]).sum(0) / size for name in names
+        name: parts[0] if owner(name)[1] == FACTOR else torch.stack(parts).sum(0) / size
+        for name, parts in of_ranks.items()
     }

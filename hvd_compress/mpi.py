@@ -23,8 +23,8 @@ from . import fingerprint
 from .binding import NamedParameters
 from .compression import Compression
 from .engine import Ticket
-from .gradient_compression import GradientCompression
-from .log import SINGLE_RANK, log, warn_once
+from .gradient_compression import GradientCompression, say_single_rank
+from .log import log
 from .ordered_engine import OrderedEngine
 from .transports.mpi import CHUNK_BYTES, MPITransport
 
@@ -101,9 +101,11 @@ class _DistributedMixin(torch.optim.Optimizer):
         if not threaded and transport.size > 1 and transport.rank == 0:
             log.warning("MPI provides no MPI_THREAD_MULTIPLE: gradients are exchanged after backward, not during it")
         if transport.size == 1:
-            warn_once(SINGLE_RANK)
+            say_single_rank(compression.compressor)
         compression.delist()
         fingerprint.check(transport, "hvd_compress.check", {"0": compression.description()})
+        if transport.size > 1:
+            compression.check_optimizer()
         compression.attach(transport, functools.partial(OrderedEngine, threaded=threaded and transport.size > 1))
         self._add_hooks()
 
@@ -145,7 +147,7 @@ class _DistributedMixin(torch.optim.Optimizer):
         if parameter.grad.is_sparse:
             self._sparse.add(index)
         if self.compression.size > 1:
-            self._tickets[index] = self.compression.submit(index, parameter.grad)
+            self._tickets[index] = self.compression.submit(index, parameter.grad, in_place=True)
 
     def synchronize(self) -> None:
         """Finish combining gradients over the ranks; afterwards every `p.grad` is the combined one."""

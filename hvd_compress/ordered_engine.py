@@ -44,10 +44,16 @@ class OrderedEngine(Engine):
         self._runner.launch(bucket)
 
     def _complete(self, ticket: Ticket) -> None:
-        while not ticket.done:
-            if self._runner.failure:
-                raise self._runner.failure
-            ticket.bucket.finished.wait(timeout=0.1)
+        if (spans := self.telemetry.spans) is not None:
+            spans.begin()
+        try:
+            while not ticket.done:
+                if self._runner.failure:
+                    raise self._runner.failure
+                ticket.bucket.finished.wait(timeout=0.1)
+        finally:
+            if spans is not None:
+                spans.end("exchange")
 
 
 class _Interval:

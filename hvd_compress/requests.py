@@ -53,12 +53,14 @@ Request = Union[Allreduce, Allgather, Broadcast, Alltoall]
 Exchange = Generator[Request, Any, Union[Tensor, None]]
 
 
-def sent_bytes(request: Request, rank: int) -> int:
-    """Bytes that this rank hands to the network for `request`."""
+def sent_bytes(request: Request) -> int:
+    """Bytes that this rank hands to the network for `request`.
+
+    An Allreduce or a Broadcast counts its tensor once, on every rank alike: what they really move depends on how they
+    are done, and a broadcast passes through most ranks on its way.
+    """
     if isinstance(request, Allgather):
         return request.frame.numel()
     if isinstance(request, Alltoall):
         return sum(frame.numel() for frame in request.frames)
-    if isinstance(request, Broadcast) and request.root != rank:
-        return 0
     return request.tensor.numel() * request.tensor.element_size()

@@ -33,8 +33,10 @@ DENSE = 1
 NON_FINITE = 2
 
 _HEADER = struct.Struct("<2s4BHIfQQ")
+_LENGTH = struct.Struct("<Q")  # the end of the header
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+_PADDING = bytes(3)
 
 _DTYPE_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
 _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
@@ -51,7 +53,7 @@ class WireError(RuntimeError):
         self.peer, self.parameter, self.expected, self.found = peer, parameter, expected, found
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, which would triple the time that it takes to make one
 class Frame:
     """One parsed frame; `payload` is a view, uint8 [payload bytes]."""
 
@@ -87,9 +89,12 @@ def frame_bytes(payload_bytes: int) -> int:
     return HEADER_BYTES + payload_bytes + -payload_bytes % 4
 
 
-def pack(frame: Frame) -> Tensor:
-    """Lay out `frame` as uint8 [frame_bytes], on the CPU."""
-    payload = frame.payload.cpu()
+def pack(frame: Frame, room: Tensor | None = None) -> Tensor:
+    """Lay out `frame` as uint8 [frame_bytes], on the CPU; in `room` where that is enough.
+
+    A payload that is in its place in `room` already is not copied.
+    """
+    payload = frame.payload if frame.payload.is_cpu else frame.payload.cpu()
     length = payload.numel()
     header = _HEADER.pack(
         MAGIC,
@@ -103,11 +108,15 @@ def pack(frame: Frame) -> Tensor:
         frame.numel,
         length,
     )
-    header += _CHECKSUM.pack(_crc32(header, payload))
-    packed = torch.empty(frame_bytes(length), dtype=torch.uint8)
-    packed[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    packed[HEADER_BYTES : HEADER_BYTES + length] = payload
-    packed[HEADER_BYTES + length :] = 0
+    whole = frame_bytes(length)
+    if room is None or room.numel() < whole:
+        room = torch.empty(whole, dtype=torch.uint8)
+    packed = room if room.numel() == whole else room[:whole]
+    if payload.data_ptr() != packed.data_ptr() + HEADER_BYTES:
+        packed[HEADER_BYTES : HEADER_BYTES + length] = payload
+    edges = packed.numpy().data
+    edges[:HEADER_BYTES] = header + _CHECKSUM.pack(_crc32(header, payload))
+    edges[HEADER_BYTES + length :] = _PADDING[: whole - HEADER_BYTES - length]
     return packed
 
 
@@ -120,7 +129,8 @@ def unpack(buffer: Tensor, peer: int, parameter: str = "?") -> Frame:
         buffer = buffer.clone()  # so that words in the payload can be viewed
     if buffer.numel() < HEADER_BYTES:
         raise WireError(peer, parameter, f"at least {HEADER_BYTES} bytes", f"{buffer.numel()} bytes")
-    header = buffer[: _HEADER.size].numpy().tobytes()
+    octets = buffer.numpy().data
+    header = bytes(octets[: _HEADER.size])
     magic, version, algorithm, dtype, flags, sender, index, rate, numel, length = _HEADER.unpack(header)
     if magic != MAGIC:
         raise WireError(peer, parameter, f"magic {MAGIC!r}", repr(magic))
@@ -128,12 +138,12 @@ def unpack(buffer: Tensor, peer: int, parameter: str = "?") -> Frame:
         raise WireError(peer, parameter, f"wire version {VERSION}", f"version {version}")
     if buffer.numel() != frame_bytes(length):
         raise WireError(peer, parameter, f"a frame of {frame_bytes(length)} bytes", f"{buffer.numel()} bytes")
-    payload = buffer[HEADER_BYTES : HEADER_BYTES + length]
-    (checksum,) = _CHECKSUM.unpack(buffer[_HEADER.size : HEADER_BYTES].numpy().tobytes())
+    payload = buffer.narrow(0, HEADER_BYTES, length)
+    (checksum,) = _CHECKSUM.unpack_from(octets, _HEADER.size)
     computed = _crc32(header, payload)
     if checksum != computed:
         raise WireError(peer, parameter, f"checksum {checksum:#010x}", f"{computed:#010x}")
-    if buffer[HEADER_BYTES + length :].any():
+    if any(octets[HEADER_BYTES + length :]):
         raise WireError(peer, parameter, "zero padding", "other bytes")
     if dtype not in _DTYPES:
         raise WireError(peer, parameter, f"a dtype code of {sorted(_DTYPES)}", dtype)
@@ -147,17 +157,18 @@ def split(buffer: Tensor, count: int, peer: int) -> list[Tensor]:
 
     Raises WireError unless exactly `count` frames fill `buffer`.
     """
-    frames = []
+    octets = buffer.numpy().data
+    lengths = []
     offset = 0
     for number in range(count):
-        header = buffer[offset : offset + _HEADER.size].numpy().tobytes()
-        if len(header) < _HEADER.size or header[:2] != MAGIC:
-            raise WireError(peer, "?", f"frame {number + 1} of {count} at byte {offset}", f"{header[:8]!r}")
-        end = offset + frame_bytes(_HEADER.unpack(header)[-1])
-        if end > buffer.numel():
-            raise WireError(peer, "?", f"{end} bytes", f"{buffer.numel()} bytes")
-        frames.append(buffer[offset:end])
-        offset = end
-    if offset != buffer.numel():
-        raise WireError(peer, "?", f"{count} frames in {offset} bytes", f"{buffer.numel()} bytes")
-    return frames
+        if offset + HEADER_BYTES > len(octets) or octets[offset : offset + len(MAGIC)] != MAGIC:
+            found = bytes(octets[offset : offset + 8])
+            raise WireError(peer, "?", f"frame {number + 1} of {count} at byte {offset}", f"{found!r}")
+        (payload_bytes,) = _LENGTH.unpack_from(octets, offset + _HEADER.size - _LENGTH.size)
+        lengths.append(frame_bytes(payload_bytes))
+        offset += lengths[-1]
+        if offset > len(octets):
+            raise WireError(peer, "?", f"{offset} bytes", f"{len(octets)} bytes")
+    if offset != len(octets):
+        raise WireError(peer, "?", f"{count} frames in {offset} bytes", f"{len(octets)} bytes")
+    return list(buffer.split_with_sizes(lengths))

@@ -1,12 +1,18 @@
 """One algorithm a file; `base` holds their contract."""
 
 from .adacomp import AdaCompCompressor
+from .alone import rate_of, relative_error
 from .base import Compressor, Slot, SummedCompressor
 from .bf16 import BF16Compressor
+from .dgc import DGCCompressor
 from .fp16 import FP16Compressor
+from .masked import MaskedCompressor, MaskError, MaskSource
 from .none import NoneCompressor
+from .powersgd import PowerSGDCompressor
 from .qsgd import QSGDCompressor
+from .scalecom import ScaleComCompressor
 from .sparse import SparseGatherer
+from .stochastic_pruning import StochasticPruningCompressor
 from .terngrad import TernGradCompressor
 from .topk import TopKCompressor
 
@@ -14,12 +20,21 @@ __all__ = [
     "AdaCompCompressor",
     "BF16Compressor",
     "Compressor",
+    "DGCCompressor",
     "FP16Compressor",
+    "MaskError",
+    "MaskSource",
+    "MaskedCompressor",
     "NoneCompressor",
+    "PowerSGDCompressor",
     "QSGDCompressor",
+    "ScaleComCompressor",
     "Slot",
     "SparseGatherer",
+    "StochasticPruningCompressor",
     "SummedCompressor",
     "TernGradCompressor",
     "TopKCompressor",
+    "rate_of",
+    "relative_error",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,22 @@ class Slot:
     step: int = 0  # exchanges finished so far, the same on every rank
     seed: int = 0
     memory: ErrorFeedback = field(default_factory=ErrorFeedback)
+    rate: float | None = None  # set by a controller, in place of the compressor's own
+    parameter: Tensor | None = None
+    compressed: bool = True  # neither too small, nor a vector, nor excluded
+    loss_scale: float | None = None  # of this step, if it is known
+    cache: Any = None  # what the compressor would otherwise find out anew in every step
+    frame: Tensor | None = None  # the last frame that was sent, uint8: room for the next one
+    out: Tensor | None = None  # float32 [numel]: where the sum may go, in place of new memory
+    divisor: float = 1.0  # what the sum may be divided by, by who then says so:
+    divided: bool = False
+    bound: float | None = None  # of all |sum|, finite exactly if they are; None where nobody has looked
+
+    def room(self, payload_bytes: int) -> Tensor:
+        """Where in the next frame the payload goes, uint8 [payload_bytes]; what was there is lost."""
+        if self.frame is None or self.frame.numel() < wire.frame_bytes(payload_bytes):
+            self.frame = torch.empty(wire.frame_bytes(payload_bytes), dtype=torch.uint8)
+        return self.frame[wire.HEADER_BYTES : wire.HEADER_BYTES + payload_bytes]
 
 
 class Compressor(abc.ABC):
@@ -39,6 +56,17 @@ class Compressor(abc.ABC):
 
     algorithm: ClassVar[int]  # id in the frames; never reused
     stateful: ClassVar[bool] = False  # whether it keeps residuals in the slot's memory
+    takes_all: ClassVar[bool] = False  # whether it sees the parameters that are not compressed, too
+    replaces: ClassVar[str] = ""  # what it does in place of the optimizer
+    label: ClassVar[str] = ""  # of its method of Compression, where that is not the name of the class
+
+    def chosen(self, slot: Slot) -> Compressor | None:
+        """Who exchanges this parameter in this step: the same on every rank. None for as it is."""
+        return self if slot.compressed or self.takes_all else None
+
+    def conflict(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """What is wrong with exchanging gradients for this optimizer so, and the remedy; None if nothing is."""
+        return None
 
     @abc.abstractmethod
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
@@ -55,47 +83,49 @@ class SummedCompressor(Compressor):
     def summand(self, gradient: Tensor) -> Tensor:
         """What is added up over the ranks in place of `gradient`."""
 
+    def restore(self, total: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The aggregated gradient, from what came of the summands."""
+        return total.to(dtype)
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         total: Tensor = yield Allreduce(self.summand(gradient))
         return total.to(torch.float32 if gradient.dtype != torch.float64 else torch.float64).reshape(-1)
 
 
 class SparsifyingCompressor(Compressor):
-    """An algorithm with error feedback that sends some values at some positions of what has accumulated."""
+    """An algorithm with error feedback that sends some of what has accumulated, in one pass of a kernel."""
 
     stateful = True
 
     @abc.abstractmethod
-    def encode(self, slot: Slot, accumulated: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Payload, uint8; positions sent, int64 [n]; the values that receivers will see there, float32 [n].
+    def encode(self, slot: Slot, gradient: Tensor, residual: Tensor | None, kept: Tensor, room: int) -> Tensor | int:
+        """The payload, in `slot.room`, of at most `room` bytes; kernels.NOT_FINITE, or kernels.TOO_LARGE.
 
-        `accumulated` (residual + gradient) and `gradient`: float32 [numel], finite.
+        `gradient`: [numel], of a type that the kernels read; `residual` and `kept`: float32 [numel]. `kept` becomes
+        gradient + residual, less what receivers will see of it; where the payload is too large, less nothing.
         """
 
     @abc.abstractmethod
-    def decode(self, frame: wire.Frame) -> Tensor:
-        """float32 [numel]. Raises ValueError for a payload that does not fit."""
+    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+        """As gather_sum's, of payloads of this slot."""
 
     @abc.abstractmethod
     def rate(self, slot: Slot) -> float:
         """What the frame's header says of the density or the like."""
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        values = flat32(gradient)
-        accumulated = slot.memory.compensate(slot.name, values)
-        payload, flags = None, 0
-        if max_abs(accumulated) < math.inf:
-            payload, positions, sent = self.encode(slot, accumulated, values)
-            if fits(payload, gradient):
-                accumulated[positions] -= sent
-            else:
-                payload, sent = encode_dense(accumulated, gradient.dtype)
-                accumulated, flags = accumulated - sent, wire.DENSE
-            if max_abs(sent) < math.inf:
-                slot.memory.propose(slot.name, accumulated)
-            else:  # too large for the gradient's own type
-                payload = None
-        return (yield from gather_sum(self, slot, gradient, payload, self.decode, rate=self.rate(slot), flags=flags))
+        kept = slot.memory.room(slot.name, gradient)
+        residual = slot.memory.residual(slot.name, kept.device)
+        encoded, flags = self.encode(slot, flat(gradient), residual, kept, dense_room(gradient)), 0
+        payload = None if isinstance(encoded, int) else encoded
+        if isinstance(encoded, int) and encoded == kernels.TOO_LARGE:
+            dense, sent = encode_dense(kept, gradient.dtype)
+            kept, flags = kept - sent, wire.DENSE
+            payload = dense if max_abs(sent) < math.inf else None  # too large for the gradient's own type
+        if payload is not None:
+            slot.memory.propose(slot.name, kept)
+        add = functools.partial(self.add, slot)
+        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate(slot), flags=flags))
 
 
 def flat32(gradient: Tensor) -> Tensor:
@@ -111,10 +141,10 @@ def flat(gradient: Tensor) -> Tensor:
 
 def max_abs(values: Tensor) -> float:
     """Largest |value|; infinity when any is not finite, 0 for an empty tensor."""
-    if values.numel() == 0:
-        return 0.0
-    largest = float(values.abs().max())
-    return largest if largest == largest else math.inf
+    return float(kernels.of(values).largest(values))
+
+
+Add = Callable[[Sequence[Tensor], float, Tensor], float]
 
 
 def gather_sum(
@@ -122,59 +152,65 @@ def gather_sum(
     slot: Slot,
     gradient: Tensor,
     payload: Tensor | None,
-    decode: Callable[[wire.Frame], Tensor] | None = None,
+    add: Add,
     *,
-    add: Callable[[Sequence[Tensor], Tensor], object] | None = None,
     rate: float = 0.0,
     flags: int = 0,
 ) -> Generator[Request, Any, Tensor | None]:
-    """Gather every rank's payload and add the decoded tensors in rank order: float32 [numel], the same bits everywhere.
+    """Gather every rank's payload and add what they decode to, in rank order: float32 [numel], the same bits on all.
 
     `payload` None says that this rank's gradient is not finite; then, on every rank, the sum is None.
-    `decode` turns a frame into float32 [numel] and raises ValueError for a payload that does not fit. Or, in its place,
-    `add(payloads, out)` puts the sum of all into `out`, float32 [numel], and raises kernels.PayloadError.
+    `add(payloads, divisor, out)` puts the sum of all, divided by `divisor`, into `out`, float32 [numel], as a kernel
+    does: it returns a bound of |out|, finite exactly if that is, and raises kernels.PayloadError.
     """
     if payload is None:
-        payload, flags = torch.empty(0, dtype=torch.uint8), wire.NON_FINITE
-    numel = gradient.numel()
-    sent = wire.Frame(compressor.algorithm, gradient.dtype, slot.rank, slot.index, rate, numel, payload, flags)
-    answers: list[Tensor] = yield Allgather(wire.pack(sent))
+        payload, flags = _NOTHING, wire.NON_FINITE
+    sent = wire.Frame(
+        compressor.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags
+    )
+    answers: list[Tensor] = yield Allgather(wire.pack(sent, slot.frame))
     frames = unpack(sent, answers, slot)
     if not all(frame.finite for frame in frames):
         return None
-    total = torch.zeros(numel, dtype=torch.float32, device=gradient.device)
-    if add and not any(frame.dense for frame in frames):
+    out = slot.out
+    if out is None:
+        out = torch.empty(gradient.numel(), dtype=torch.float32, device=gradient.device)
+    if any(frame.dense for frame in frames):
+        add = functools.partial(_add_some_dense, frames, add)
+    try:
+        slot.bound = add([frame.payload for frame in frames], slot.divisor, out)
+    except kernels.PayloadError as error:
+        raise wire.WireError(error.rank, slot.name, "a payload that decodes", error) from error
+    slot.divided = True
+    return out
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def _add_some_dense(
+    frames: Sequence[wire.Frame], add: Add, payloads: Sequence[Tensor], divisor: float, out: Tensor
+) -> float:
+    """As `add`, where some payloads are the dense tensor."""
+    out.zero_()
+    one = torch.empty_like(out)
+    for rank, (frame, payload) in enumerate(zip(frames, payloads)):
         try:
-            add([frame.payload for frame in frames], total)
-        except kernels.PayloadError as error:
-            raise wire.WireError(error.rank, slot.name, "a payload that decodes", error) from error
-        return total
-    for frame in frames:
-        try:
-            total += _decoded(frame, decode, add).to(gradient.device)
+            if frame.dense:
+                one.copy_(decode_dense(frame))
+            else:
+                add([payload], 1.0, one)
         except ValueError as error:
-            raise wire.WireError(frame.sender, slot.name, "a payload that decodes", error) from error
-    return total
+            raise kernels.PayloadError(rank, str(error)) from error
+        out += one
+    if divisor != 1:
+        out /= divisor
+    return max_abs(out)
 
 
-def _decoded(
-    frame: wire.Frame,
-    decode: Callable[[wire.Frame], Tensor] | None,
-    add: Callable[[Sequence[Tensor], Tensor], object] | None,
-) -> Tensor:
-    if frame.dense:
-        return decode_dense(frame)
-    if decode:
-        return decode(frame)
-    assert add, "either decode or add"
-    alone = torch.zeros(frame.numel, dtype=torch.float32)
-    add([frame.payload], alone)
-    return alone
-
-
-def fits(payload: Tensor, gradient: Tensor) -> bool:
-    """Whether a frame with `payload` is no larger than the dense gradient."""
-    return wire.frame_bytes(payload.numel()) <= gradient.numel() * gradient.element_size()
+def dense_room(gradient: Tensor) -> int:
+    """Bytes that a payload may have so that its frame is no larger than the dense gradient; may be negative."""
+    return (gradient.numel() * gradient.element_size() - wire.HEADER_BYTES) // 4 * 4
 
 
 def encode_dense(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -194,15 +230,18 @@ def unpack(sent: wire.Frame, answers: Sequence[Tensor], slot: Slot) -> list[wire
     if len(answers) != slot.size:
         raise wire.WireError(len(answers), slot.name, f"frames of {slot.size} ranks", f"{len(answers)}")
     frames = [wire.unpack(answer, peer, slot.name) for peer, answer in enumerate(answers)]
+    expected = slot.index, sent.algorithm, sent.dtype, sent.numel, wire.rounded(sent.rate)
     for peer, frame in enumerate(frames):
-        for what, expected, found in (
-            ("sender", peer, frame.sender),
-            ("parameter index", slot.index, frame.parameter),
-            ("algorithm id", sent.algorithm, frame.algorithm),
-            ("dtype", sent.dtype, frame.dtype),
-            ("element count", sent.numel, frame.numel),
-            ("rate", wire.rounded(sent.rate), frame.rate),
-        ):
-            if expected != found:
-                raise wire.WireError(peer, slot.name, f"{what} {expected}", found)
+        found = frame.parameter, frame.algorithm, frame.dtype, frame.numel, frame.rate
+        if frame.sender != peer or found != expected:
+            raise _difference(peer, slot, (peer, *expected), (frame.sender, *found))
     return frames
+
+
+_FIELDS = ("sender", "parameter index", "algorithm id", "dtype", "element count", "rate")
+
+
+def _difference(peer: int, slot: Slot, expected: Sequence[object], found: Sequence[object]) -> wire.WireError:
+    """What the first field of _FIELDS says that is not as expected."""
+    what, wanted, got = next(three for three in zip(_FIELDS, expected, found) if three[1] != three[2])
+    return wire.WireError(peer, slot.name, f"{what} {wanted}", got)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -21,11 +20,11 @@ class BF16Compressor(Compressor):
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         values = flat(gradient)
-        payload: Tensor | None = torch.empty(2 * values.numel(), dtype=torch.uint8)
+        payload: Tensor | None = slot.room(2 * values.numel())
         if kernels.of(values).bfloat_encode(values, payload) == kernels.NOT_FINITE:
             payload = None
-        return (yield from gather_sum(self, slot, gradient, payload, add=_add, rate=16.0))
+        return (yield from gather_sum(self, slot, gradient, payload, _add, rate=16.0))
 
 
-def _add(payloads: Sequence[Tensor], out: Tensor) -> None:
-    kernels.of(out).bfloat_sum(payloads, 1.0, out)
+def _add(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    return float(kernels.of(out).bfloat_sum(payloads, divisor, out))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..requests import Allreduce, Exchange, ReduceOp
-from .base import Compressor, Slot, encode_dense, fits, flat, flat32, gather_sum
+from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, gather_sum
 
 _SCALER = struct.Struct("<f")
 
@@ -47,13 +47,14 @@ class TernGradCompressor(Compressor):
                 return None
         payload, flags = None, 0
         if bound < math.inf:
-            payload = torch.empty(4 + kernels.ternary_bytes(values.numel()), dtype=torch.uint8)
-            if fits(payload, gradient):
+            length = 4 + kernels.ternary_bytes(values.numel())
+            if length <= dense_room(gradient):
+                payload = slot.room(length)
                 key = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
                 kernels.of(values).ternary_encode(values, bound, scaler, key, payload)
             else:
                 payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
-        return (yield from gather_sum(self, slot, gradient, payload, add=_add, rate=2.0, flags=flags))
+        return (yield from gather_sum(self, slot, gradient, payload, _add, rate=2.0, flags=flags))
 
 
 def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:
@@ -70,5 +71,5 @@ def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:
     return float(bound if bound > 0 else largest)
 
 
-def _add(payloads: Sequence[Tensor], out: Tensor) -> None:
-    kernels.of(out).ternary_sum(payloads, 1.0, out)
+def _add(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    return float(kernels.of(out).ternary_sum(payloads, divisor, out))

@@ -1,8 +1,9 @@
 """The hot loops: pure functions on flat tensors, in C++ where `of` finds it, as torch operations on any device."""
 
-from .choice import in_use, of, prune_dense, use
-from .codec import NOT_FINITE, PayloadError
-from .gaps import decode_gaps, encode_gaps
+from .choice import in_use, largest_positions, of, prune_dense, use
+from .codec import NOT_FINITE, TOO_LARGE, PayloadError
+from .gaps import decode_gaps, encode_gaps, token_width
+from .prune import decode_pruned, encode_pruned, pruned_entries
 from .quantise import quantised_bytes
 from .random import random_bits, stream_key
 from .sparse import pack_sparse, sparse_bytes, unpack_sparse
@@ -11,20 +12,26 @@ from .topk import topk_indices
 
 __all__ = [
     "NOT_FINITE",
+    "TOO_LARGE",
     "PayloadError",
     "decode_gaps",
+    "decode_pruned",
     "encode_gaps",
+    "encode_pruned",
     "in_use",
+    "largest_positions",
     "of",
     "pack_sparse",
     "pack_ternary",
     "prune_dense",
+    "pruned_entries",
     "quantised_bytes",
     "random_bits",
     "sparse_bytes",
     "stream_key",
     "ternarize",
     "ternary_bytes",
+    "token_width",
     "topk_indices",
     "unpack_sparse",
     "unpack_ternary",

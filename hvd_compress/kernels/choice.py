@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..log import log
-from . import native, prune, reference
+from . import native, prune, reference, sparse, topk
 
 _level: str | None = None  # "torch", or one of native.LEVELS; None before the first use
 
@@ -37,6 +37,15 @@ def in_use() -> str:
 def of(gradient: Tensor) -> ModuleType:
     """The module, native or reference, whose functions take this tensor."""
     return native if in_use() != "torch" and native.takes(gradient) else reference
+
+
+def largest_positions(values: Tensor, k: int) -> Tensor:
+    """As kernels.topk.topk_indices, of finite float32 [numel]."""
+    if not 0 < k < values.numel() or (kernel := of(values)) is reference:
+        return topk.topk_indices(values, k)
+    payload = torch.empty(sparse.sparse_bytes(values.numel(), k), dtype=torch.uint8)
+    kernel.topk_encode(values, None, torch.empty_like(values), k, payload)
+    return sparse.unpack_sparse(payload, values.numel())[1]
 
 
 def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:

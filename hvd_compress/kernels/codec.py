@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 NOT_FINITE = -1  # in place of a payload's length: some value is not finite
+TOO_LARGE = -2  # in place of a payload's length: it does not fit where it should go
 
 
 class PayloadError(ValueError):

@@ -13,6 +13,11 @@ from torch import Tensor
 _TOKEN = {8: torch.uint8, 16: torch.int16}  # torch lacks many operations on uint16; the bits are the same
 
 
+def token_width(bin_size: int) -> int:
+    """Bits of the tokens for bins of that many elements."""
+    return 8 if bin_size <= 64 else 16
+
+
 def encode_gaps(positions: Tensor, negative: Tensor, width: int) -> Tensor:
     """Tokens of `width` bits, uint8 [bytes], of ascending `positions`, int64 [n], with signs `negative`, bool [n]."""
     limit = (1 << (width - 1)) - 1

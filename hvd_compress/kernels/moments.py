@@ -1,4 +1,4 @@
-"""Largest magnitude and standard deviation of a tensor, in one pass."""
+"""Largest magnitude, mean magnitude and standard deviation of a tensor, in one pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def deviation(squares: float, total: float, numel: int) -> float:
     return math.sqrt(max(squares - total * total / numel, 0.0) / numel)
 
 
-def sums(values: Tensor) -> tuple[float, float]:
-    """The sums of x - x[0] and of its square over float32 [numel], numel > 0, in float64.
+def sums(values: Tensor, shift: float) -> tuple[float, float]:
+    """The sums of x - shift and of its square over float32 [numel], numel > 0, in float64.
 
     In a fixed order, so that every implementation gives the same bits: four quarters of as many rows of eight, each row
     after row in eight lanes; what remains is added to the 32 lanes last; these are added up by halves.
@@ -26,9 +26,9 @@ def sums(values: Tensor) -> tuple[float, float]:
     quarter = len(array) // (_STREAMS * _LANES) * _LANES
     done = _STREAMS * quarter
     rows = array[:done].reshape(_STREAMS, -1, _LANES).transpose(1, 0, 2).reshape(-1, _STREAMS * _LANES)
-    rest = np.full((0 if done == len(array) else 1, _STREAMS * _LANES), array[0])
+    rest = np.full((0 if done == len(array) else 1, _STREAMS * _LANES), np.float32(shift))
     rest.reshape(-1)[: len(array) - done] = array[done:]
-    differences = np.concatenate([rows, rest]).astype(np.float64) - np.float64(array[0])
+    differences = np.concatenate([rows, rest]).astype(np.float64) - shift
     return _fold(differences), _fold(np.square(differences))
 
 
@@ -54,5 +54,14 @@ def standard_deviation(values: Tensor) -> float:
     """Of the population, about the mean, in float64; of finite values, at least one."""
     if values.device.type != "cpu":
         return float(values.to(torch.float64).std(correction=0))
-    total, squares = sums(values.to(torch.float32))
+    values = values.to(torch.float32)
+    total, squares = sums(values, float(values[0]))
     return deviation(squares, total, values.numel())
+
+
+def mean_magnitude(values: Tensor) -> float:
+    """Mean |value|, in float64; of finite values, at least one."""
+    magnitudes = values.abs()
+    if values.device.type != "cpu":
+        return float(magnitudes.mean(dtype=torch.float64))
+    return sums(magnitudes.to(torch.float32), 0.0)[0] / values.numel()

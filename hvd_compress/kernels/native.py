@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .codec import NOT_FINITE, PayloadError
+from .codec import NOT_FINITE, TOO_LARGE, PayloadError
+from .gaps import token_width
 from .moments import deviation
 from .quantise import quantised_bytes
+from .sparse import sparse_bytes
 from .ternary import ternary_bytes
 
 LEVELS = ("plain", "avx2")  # in the order of their numbers
@@ -23,6 +27,16 @@ VARIABLE = "HVD_COMPRESS_KERNELS"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _READABLE = {*_TYPES, torch.uint8}  # payloads, too
 _INFINITY_BITS = 0x7F800000
+_NO_MEMORY = -(1 << 30)
+_ERROR_CODES = 16  # codes of a rank
+_SOLVER_TILE = 16  # SOLVER_TILE in solver.hpp: a row of the table takes whole tiles
+_SPARSE_ERRORS = (
+    "",
+    "fewer bytes than its counts take",
+    "another number of entries than its counts say",
+    "positions that do not ascend, or are past the end",
+)
+_GAPS_ERRORS = ("", "no scale, or no whole number of tokens after it", "a position past the end")
 _LIBRARY = Path(__file__).with_name("_native.so")
 
 # Result and arguments of every function.
@@ -30,18 +44,31 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_select": (c_int, [c_int]),
     "hc_crc32": (c_uint32, [c_uint32, c_void_p, c_size_t]),
     "hc_moments": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
+    "hc_magnitudes": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_largest": (c_int32, [c_void_p, c_int, c_size_t]),
     "hc_ternary_encode": (None, [c_void_p, c_int, c_size_t, c_float, c_float, c_uint64, c_void_p]),
     "hc_ternary_sum": (None, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_quantise_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_int, c_uint64, c_void_p]),
     "hc_quantise_sum": (None, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_float, c_void_p]),
+    "hc_accumulate": (c_int32, [c_void_p, c_int, c_size_t, c_void_p, c_void_p]),
+    "hc_topk_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p]),
+    "hc_threshold_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_float, c_void_p, c_size_t]),
+    "hc_sparse_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p, c_void_p]),
+    "hc_adacomp_encode": (
+        c_int64,
+        [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_size_t],
+    ),
+    "hc_gaps_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_int, c_float, c_void_p, c_void_p]),
+    "hc_prune_encode": (c_int64, [c_void_p, c_int, c_size_t, c_float, c_uint64, c_void_p, c_size_t]),
+    "hc_prune_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_prune_dense": (c_uint64, [c_void_p, c_size_t, c_float, c_uint64, c_void_p, c_void_p]),
     "hc_bfloat_encode": (c_int, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_bfloat_sum": (None, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
+    "hc_solve": (c_int, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p]),
 }
 
 
-def _load() -> ctypes.CDLL | None:
+def _load() -> Any:
     if not _LIBRARY.exists():
         return None
     library = ctypes.CDLL(str(_LIBRARY))
@@ -54,6 +81,23 @@ def _load() -> ctypes.CDLL | None:
 _library = _load()
 
 
+def watch(before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call these before and after every kernel, in its thread, from now on."""
+    global _library
+    if _library is not None and not isinstance(_library, SimpleNamespace):
+        _library = SimpleNamespace(**{name: _between(before, getattr(_library, name), after) for name in _SIGNATURES})
+
+
+def _between(before: Callable[[], None], kernel: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+    def watched(*arguments: Any) -> Any:
+        before()
+        result = kernel(*arguments)
+        after()
+        return result
+
+    return watched
+
+
 def select(level: str) -> str | None:
     """Use the kernels of `level`, one of LEVELS, or of less where the processor lacks it; None without a library."""
     return None if _library is None else LEVELS[_library.hc_select(LEVELS.index(level))]
@@ -61,7 +105,7 @@ def select(level: str) -> str | None:
 
 def takes(gradient: Tensor) -> bool:
     """Whether the kernels can read this tensor where it lies."""
-    return gradient.device.type == "cpu" and gradient.dtype in _READABLE and gradient.is_contiguous()
+    return gradient.is_cpu and gradient.dtype in _READABLE and gradient.is_contiguous()
 
 
 def crc32(header: bytes, payload: Tensor) -> int:
@@ -82,6 +126,13 @@ def moments(gradient: Tensor) -> tuple[float, float]:
     top = _magnitude(_library.hc_moments(*_array(gradient), sums))
     finite = 0 < top < float("inf")
     return top, deviation(sums[1], sums[0], gradient.numel()) if finite else 0.0
+
+
+def magnitudes(gradient: Tensor) -> tuple[float, float]:
+    assert _library is not None
+    total = c_double()
+    top = _magnitude(_library.hc_magnitudes(*_array(gradient), ctypes.byref(total)))
+    return top, total.value / gradient.numel() if 0 < top < float("inf") else 0.0
 
 
 def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, payload: Tensor) -> int:
@@ -130,6 +181,75 @@ def bfloat_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float
     return largest(out)
 
 
+def accumulate(gradient: Tensor, residual: Tensor | None, kept: Tensor) -> float:
+    assert _library is not None
+    return _magnitude(_library.hc_accumulate(*_array(gradient), _start(residual), kept.data_ptr()))
+
+
+def topk_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, k: int, payload: Tensor) -> int:
+    assert _library is not None
+    length = _room(payload, sparse_bytes(gradient.numel(), k))
+    into = kept.data_ptr(), k, payload.data_ptr()
+    failed = _checked(_library.hc_topk_encode(*_array(gradient), _start(residual), *into))
+    return failed or length
+
+
+def threshold_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, threshold: float, payload: Tensor) -> int:
+    assert _library is not None
+    numel = gradient.numel()
+    capacity = (payload.numel() - sparse_bytes(numel, 0)) // 6
+    if capacity < 0:
+        return TOO_LARGE if accumulate(gradient, residual, kept) < float("inf") else NOT_FINITE
+    into = kept.data_ptr(), threshold, payload.data_ptr(), capacity
+    entries = _checked(_library.hc_threshold_encode(*_array(gradient), _start(residual), *into))
+    return entries if entries < 0 else sparse_bytes(numel, entries)
+
+
+def sparse_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    bound = c_float()
+    shape = len(payloads), out.numel(), divisor, out.data_ptr(), ctypes.byref(bound)
+    failed = _checked(_library.hc_sparse_sum(_addresses(payloads), _lengths(payloads), *shape))
+    return _bound(failed, _SPARSE_ERRORS, bound.value, out)
+
+
+def adacomp_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bin_size: int, payload: Tensor) -> int:
+    assert _library is not None
+    if payload.numel() < 4:
+        return TOO_LARGE if accumulate(gradient, residual, kept) < float("inf") else NOT_FINITE
+    into = kept.data_ptr(), bin_size, token_width(bin_size), payload.data_ptr(), payload.numel()
+    return _checked(_library.hc_adacomp_encode(*_array(gradient), _start(residual), *into))
+
+
+def gaps_sum(payloads: Sequence[Tensor], width: int, divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    bound = c_float()
+    shape = len(payloads), out.numel(), width, divisor, out.data_ptr(), ctypes.byref(bound)
+    failed = _checked(_library.hc_gaps_sum(_addresses(payloads), _lengths(payloads), *shape))
+    return _bound(failed, _GAPS_ERRORS, bound.value, out)
+
+
+def prune_encode(gradient: Tensor, threshold: float, key: int, payload: Tensor) -> int:
+    assert _library is not None
+    start = 4 + ternary_bytes(gradient.numel())
+    capacity = (payload.numel() - start) // 4
+    if capacity < 0:
+        return TOO_LARGE if largest(gradient) < float("inf") else NOT_FINITE
+    c_float.from_address(payload.data_ptr()).value = threshold
+    into = threshold, key, payload.data_ptr() + 4, capacity
+    entries = int(_library.hc_prune_encode(*_array(gradient), *into))
+    return entries if entries < 0 else start + 4 * entries
+
+
+def prune_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    shape = len(payloads), out.numel(), divisor, out.data_ptr()
+    failed = _checked(_library.hc_prune_sum(_addresses(payloads), _lengths(payloads), *shape))
+    if failed:
+        raise PayloadError(-failed - 1, "no threshold, or another number of elements than its codes say")
+    return largest(out)
+
+
 def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:
     """As kernels.prune.prune_dense, for contiguous float32 on the CPU."""
     assert _library is not None
@@ -137,6 +257,17 @@ def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, f
     start, numel = gradient.data_ptr(), gradient.numel()
     below = _library.hc_prune_dense(start, numel, threshold, key, pruned.data_ptr(), ctypes.byref(total))
     return pruned, total.value, int(below)
+
+
+def solve_units(units: np.ndarray, costs: np.ndarray, levels: int) -> np.ndarray | None:
+    """As kernels.solver.solve_units."""
+    assert _library is not None
+    units, costs = np.ascontiguousarray(units, np.int32), np.ascontiguousarray(costs, np.float64)
+    assert costs.shape == units.shape, f"{costs.shape} costs for {units.shape} units"
+    table = np.empty((len(units) + 1) * (levels // _SOLVER_TILE + 2) * _SOLVER_TILE)
+    choice = np.empty(len(units), np.int32)
+    into = table.ctypes.data, choice.ctypes.data
+    return choice if _library.hc_solve(units.ctypes.data, costs.ctypes.data, *units.shape, levels, *into) else None
 
 
 def _array(gradient: Tensor) -> tuple[int, int, int]:
@@ -149,6 +280,28 @@ def _magnitude(bits: int) -> float:
 
 def _addresses(payloads: Sequence[Tensor], offset: int = 0) -> Any:
     return (c_void_p * len(payloads))(*(payload.data_ptr() + offset for payload in payloads))
+
+
+def _start(residual: Tensor | None) -> int | None:
+    return None if residual is None else residual.data_ptr()
+
+
+def _lengths(payloads: Sequence[Tensor]) -> Any:
+    return (c_size_t * len(payloads))(*(payload.numel() for payload in payloads))
+
+
+def _checked(result: int) -> int:
+    if result == _NO_MEMORY:
+        raise MemoryError("no memory for a kernel to work in")
+    return result
+
+
+def _bound(failed: int, errors: Sequence[str], bound: float, out: Tensor) -> float:
+    """`bound` where it says something; raises what `failed`, a sum's result, stands for."""
+    if failed:
+        rank, code = divmod(-failed, _ERROR_CODES)
+        raise PayloadError(rank, errors[code])
+    return bound if bound < float("inf") else largest(out)
 
 
 def _room(payload: Tensor, length: int) -> int:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .random import RANDOM_BITS, random_bits
+from .ternary import pack_ternary, ternarize, ternary_bytes, unpack_ternary
+
+_AS_IT_IS = 3  # the ternary code of an element that is not below the threshold
 
 
 def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:
@@ -42,6 +45,41 @@ def prune_by_bits(gradient: Tensor, threshold: float, bits: Tensor) -> tuple[Ten
     below = magnitude < threshold
     raised = torch.copysign(gradient.new_full((), threshold), gradient).mul_(uniform < magnitude)
     return torch.where(below, raised, gradient), int(below.sum())
+
+
+def pruned_entries(payload_bytes: int, numel: int) -> int:
+    """How many elements a payload of this length sends as they are."""
+    return (payload_bytes - 4 - ternary_bytes(numel)) // 4
+
+
+def encode_pruned(gradient: Tensor, threshold: float, bits: Tensor) -> tuple[Tensor, int]:
+    """The payload, uint8, of what `prune_by_bits` makes of float32 [numel], finite; and how many were below.
+
+    Layout, little-endian: the threshold, float32; ternary blocks (kernels/ternary.py), where code 3 says that the
+    element is sent as it is; then these elements, float32.
+    """
+    limit = torch.tensor([threshold], dtype=torch.float32, device=gradient.device)
+    exact = (gradient.abs() >= limit) & (gradient != 0)
+    codes = ternarize(gradient, float(limit), bits).masked_fill_(exact, _AS_IT_IS)
+    parts = (limit.view(torch.uint8), pack_ternary(codes), gradient[exact].view(torch.uint8))
+    return torch.cat(parts).cpu(), gradient.numel() - (parts[2].numel() // 4)
+
+
+def decode_pruned(payload: Tensor, numel: int) -> Tensor:
+    """float32 [numel] of what `encode_pruned` wrote. Raises ValueError if the bytes do not fit."""
+    start = 4 + ternary_bytes(numel)
+    if payload.numel() < start or payload.numel() % 4:
+        raise ValueError(f"{payload.numel()} bytes do not hold {start} and whole elements")
+    payload = payload.clone()  # float32 needs 4-byte alignment
+    threshold = float(payload[:4].view(torch.float32))
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"a threshold of {threshold}")
+    values = unpack_ternary(payload[4:start], numel, threshold)
+    exact = values.isnan()
+    if payload.numel() != start + 4 * int(exact.sum()):
+        raise ValueError(f"{payload.numel()} bytes do not hold the {int(exact.sum())} elements that are announced")
+    values[exact] = payload[start:].view(torch.float32)
+    return values
 
 
 def _representable(threshold: float, dtype: torch.dtype) -> float:

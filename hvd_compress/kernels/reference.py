@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from . import moments as _moments
-from .codec import NOT_FINITE, PayloadError
-from .prune import prune_dense
+from .adacomp import adacomp_choice
+from .codec import NOT_FINITE, TOO_LARGE, PayloadError
+from .gaps import decode_gaps, encode_gaps, token_width
+from .prune import decode_pruned, encode_pruned, prune_dense
 from .quantise import (
     bucket_norms,
     dequantise,
@@ -29,19 +31,30 @@ from .quantise import (
     unpack_codes,
 )
 from .random import random_bits
+from .sparse import pack_sparse, sparse_bytes, unpack_sparse
 from .ternary import pack_ternary, ternarize, ternary_bytes, unpack_ternary
+from .topk import topk_indices
 
 __all__ = [
+    "accumulate",
+    "adacomp_encode",
     "bfloat_encode",
     "bfloat_sum",
     "crc32",
+    "gaps_sum",
     "largest",
+    "magnitudes",
     "moments",
     "prune_dense",
+    "prune_encode",
+    "prune_sum",
     "quantise_encode",
     "quantise_sum",
+    "sparse_sum",
     "ternary_encode",
     "ternary_sum",
+    "threshold_encode",
+    "topk_encode",
 ]
 
 _FLOAT = struct.Struct("<f")
@@ -61,6 +74,12 @@ def moments(gradient: Tensor) -> tuple[float, float]:
     """Largest |value|, as of `largest`, and the population standard deviation where that is positive and finite."""
     top = largest(gradient)
     return top, _moments.standard_deviation(gradient) if 0 < top < math.inf else 0.0
+
+
+def magnitudes(gradient: Tensor) -> tuple[float, float]:
+    """Largest |value|, as of `largest`, and their mean where that is finite; 0 for an empty tensor."""
+    top = largest(gradient)
+    return top, _moments.mean_magnitude(gradient) if 0 < top < math.inf else 0.0
 
 
 def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, payload: Tensor) -> int:
@@ -99,6 +118,83 @@ def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, diviso
     return _sum(payloads, divisor, out, decode)
 
 
+def accumulate(gradient: Tensor, residual: Tensor | None, kept: Tensor) -> float:
+    """`kept` = residual + gradient; returns its largest magnitude. `residual` and `kept`: float32 [numel], apart."""
+    kept.copy_(gradient)
+    if residual is not None:
+        kept += residual
+    return largest(kept)
+
+
+def topk_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, k: int, payload: Tensor) -> int:
+    """The `k` largest of what has accumulated, of equals the first; `kept` becomes the rest."""
+    if not accumulate(gradient, residual, kept) < math.inf:
+        return NOT_FINITE
+    return _put_entries(kept, topk_indices(kept, k), payload)
+
+
+def threshold_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, threshold: float, payload: Tensor) -> int:
+    """All of what has accumulated that is at least `threshold` > 0; `kept` becomes the rest.
+
+    Returns TOO_LARGE where that does not fit in `payload`; `kept` is all that has accumulated then.
+    """
+    if not accumulate(gradient, residual, kept) < math.inf:
+        return NOT_FINITE
+    positions = torch.nonzero(kept.abs() >= threshold).view(-1)
+    if sparse_bytes(kept.numel(), positions.numel()) > payload.numel():
+        return TOO_LARGE
+    return _put_entries(kept, positions, payload)
+
+
+def _put_entries(kept: Tensor, positions: Tensor, payload: Tensor) -> int:
+    length = _put(payload, pack_sparse(kept[positions], positions, kept.numel()))
+    kept[positions] = 0
+    return length
+
+
+def sparse_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    def decode(payload: Tensor) -> Tensor:
+        values, positions = unpack_sparse(payload, out.numel())
+        return _dense(out, positions, values)
+
+    return _sum(payloads, divisor, out, decode)
+
+
+def adacomp_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bin_size: int, payload: Tensor) -> int:
+    """AdaComp: a scale, and gap codes of what each bin sends; `kept` becomes what has accumulated, less that.
+
+    Returns TOO_LARGE where that does not fit in `payload`; `kept` is all that has accumulated then.
+    """
+    if not accumulate(gradient, residual, kept) < math.inf:
+        return NOT_FINITE
+    positions, negative, scale = adacomp_choice(kept, gradient.to(torch.float32), bin_size)
+    gaps = encode_gaps(positions, negative, token_width(bin_size))
+    if _FLOAT.size + gaps.numel() > payload.numel():
+        return TOO_LARGE
+    kept[positions] -= torch.where(negative, -scale, scale)
+    return _put(payload, _float(scale), gaps)
+
+
+def gaps_sum(payloads: Sequence[Tensor], width: int, divisor: float, out: Tensor) -> float:
+    def decode(payload: Tensor) -> Tensor:
+        gaps = payload[_FLOAT.size :]
+        if payload.numel() < _FLOAT.size or gaps.numel() % (width // 8):
+            raise ValueError(f"{payload.numel()} bytes are no whole number of {width}-bit tokens after a scale")
+        scale = _scale(payload)
+        positions, negative = decode_gaps(gaps.clone(), width)
+        if positions.numel() and int(positions[-1]) >= out.numel():
+            raise ValueError(f"position {int(positions[-1])} is past the end")
+        return _dense(out, positions, torch.where(negative, -scale, scale))
+
+    return _sum(payloads, divisor, out, decode)
+
+
+def _dense(like: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    dense = torch.zeros_like(like)
+    dense[positions.to(like.device)] = values.to(like.device, like.dtype)
+    return dense
+
+
 def bfloat_encode(gradient: Tensor, payload: Tensor) -> int:
     """The nearest bfloat16 of each value, ties to even."""
     rounded = gradient.to(torch.bfloat16)
@@ -111,6 +207,19 @@ def bfloat_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float
         return payload.clone().view(torch.bfloat16).to(torch.float32)
 
     return _sum(payloads, divisor, out, decode)
+
+
+def prune_encode(gradient: Tensor, threshold: float, key: int, payload: Tensor) -> int:
+    """The stochastically pruned gradient, see kernels.prune. Returns TOO_LARGE where that does not fit in `payload`."""
+    values = gradient.to(torch.float32)
+    if not largest(values) < math.inf:
+        return NOT_FINITE
+    encoded, _ = encode_pruned(values, threshold, random_bits(values.numel(), key, values.device))
+    return TOO_LARGE if encoded.numel() > payload.numel() else _put(payload, encoded)
+
+
+def prune_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    return _sum(payloads, divisor, out, lambda payload: decode_pruned(payload, out.numel()))
 
 
 def _sum(payloads: Sequence[Tensor], divisor: float, out: Tensor, decode: Callable[[Tensor], Tensor]) -> float:

@@ -8,9 +8,13 @@ from torch import Tensor
 
 def topk_indices(values: Tensor, k: int) -> Tensor:
     """Ascending positions, int64 [k], of the k largest |values|; of equals the lower position is taken."""
-    magnitudes = values.abs()
+    if k < 1:
+        return torch.empty(0, dtype=torch.int64, device=values.device)
     if k >= values.numel():
         return torch.arange(values.numel(), device=values.device)
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=values.device)
+    magnitudes = values.abs()
     threshold = torch.topk(magnitudes, k, sorted=False).values.min()
     chosen = magnitudes > threshold
     ties = torch.nonzero(magnitudes == threshold).view(-1)

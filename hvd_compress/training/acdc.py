@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from .masks import Masks, global_masks, uniform_masks
@@ -25,7 +27,9 @@ class ACDC:
     Call `begin` at the start of every epoch (or step, if the schedule counts those), between optimizer steps and, where
     several ranks train, once they all have the same weights: equal weights give equal masks.
 
-    optimizer: the one whose step() is called, that is, wrapped if it is to be wrapped at all.
+    optimizer: of the model, before or after it is wrapped, as by DistributedOptimizer: weights are masked after the
+        step() of any optimizer that trains some of them. Where training resumes, give the wrapped one, whose momentum
+        may have to restart before its first step.
     sparsity: fraction of the prunable weights that are pruned, in (0, 1): exactly ceil(n * (1 - sparsity)) stay.
         Trained parameters with at least two dimensions are prunable: no biases, no normalisation.
     scope: "global" ranks the weights of all tensors together; "uniform" prunes each tensor alike, but leaves the first
@@ -54,13 +58,18 @@ class ACDC:
             raise ValueError(f"min_share must be in [0, 1]: {min_share}")
         self.schedule, self.sparsity, self.scope, self.min_share = schedule, sparsity, scope, min_share
         self.phase = 0
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizers = model, weakref.WeakSet([optimizer])  # that step, and what they wrap
         self._weights = _prunable(model, exclude, ends=scope == "global")
         self._masks = Masks()
         self._dense_twin: dict[str, Any] | None = None
         self._stepped = True
         self._gradient_hooks: list[RemovableHandle] = []
-        self._step_hook = optimizer.register_step_post_hook(self._after_step)
+        self._step_hook = register_optimizer_step_post_hook(_after_step_of(weakref.ref(self)))
+        weakref.finalize(self, self._step_hook.remove)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of the model, under the names of the masks."""
+        return list(self._model.named_parameters())
 
     @property
     def compressed(self) -> bool:
@@ -157,7 +166,8 @@ class ACDC:
     def _decompress(self) -> None:
         self._masks.update({})
         self._mask_gradients()
-        restart_momentum(self._optimizer)
+        for optimizer in self._optimizers:
+            restart_momentum(optimizer)
 
     def _mask_gradients(self) -> None:
         """Before they reach `.grad`, hence before they are exchanged, clipped, or gathered in momenta and residuals."""
@@ -169,19 +179,34 @@ class ACDC:
             if self._weights[name].requires_grad
         ]
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer not in self._optimizers:
+            mine = {id(weight) for weight in self._weights.values()}
+            if not any(id(weight) in mine for group in optimizer.param_groups for weight in group["params"]):
+                return  # of another model
+            self._optimizers.add(optimizer)
         self._stepped = True
         self.apply_masks()
 
     def _check_pruned(self) -> None:
-        """Catch an optimizer that was wrapped only later: nothing masks the weights after the steps of the wrapper."""
+        """Catch weights that something else than an optimizer of torch moves: nothing masks them then."""
         if not self._stepped and any(bool(self._weights[name][~mask].any()) for name, mask in self.masks.items()):
             raise RuntimeError(
-                "pruned weights are not zero, and the optimizer that ACDC knows made no step: give ACDC the optimizer "
-                "whose step() is called, such as the result of DistributedOptimizer(...), and call apply_masks() "
-                "after other changes of weights"
+                "pruned weights are not zero, and no optimizer of them made a step: call apply_masks() after other "
+                "changes of weights, such as averaging, a broadcast, or the step of an optimizer that is no "
+                "torch.optim.Optimizer"
             )
         self._stepped = False
+
+
+def _after_step_of(acdc: weakref.ref[ACDC]) -> Callable[..., None]:
+    """A hook for the steps of all optimizers that keeps nothing alive."""
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if (found := acdc()) is not None:
+            found._after_step(optimizer)
+
+    return hook
 
 
 def _prunable(model: nn.Module, exclude: Sequence[str], *, ends: bool) -> dict[str, nn.Parameter]:

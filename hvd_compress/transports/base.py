@@ -30,7 +30,14 @@ class Pending(abc.ABC):
     def wait(self) -> Any:
         """The answer."""
 
-    def sleep_until_ready(self) -> None:
+    def await_ready(self) -> None:  # noqa: B027  # what `wait` would wait for may be all there is to wait for
+        """Wait, but take no answer yet."""
+
+
+class PolledPending(Pending):
+    """One that tells by itself when it is done."""
+
+    def await_ready(self) -> None:
         """Poll, and leave the core to others between polls: Horovod's and MPI's own waits keep it busy."""
         for poll in itertools.count():
             if self.ready():
@@ -45,6 +52,9 @@ class _Then(Pending):
 
     def ready(self) -> bool:
         return self._pending.ready()
+
+    def await_ready(self) -> None:
+        self._pending.await_ready()
 
     def wait(self) -> Any:
         return self._transform(self._pending.wait())

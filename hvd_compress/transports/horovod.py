@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..requests import ReduceOp
 from ..wire import WireError
-from .base import Pending, Transport
+from .base import Pending, PolledPending, Transport
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
 _LENGTH_BYTES = 8  # Horovod's allgather does not tell who sent how much
 
 
-class _HorovodPending(Pending):
+class _HorovodPending(PolledPending):
     def __init__(self, handle: Any, transform: Callable[[Any], Any]) -> None:
         self._handle, self._transform = handle, transform
 
@@ -27,7 +27,7 @@ class _HorovodPending(Pending):
 
     def wait(self) -> Any:
         try:
-            self.sleep_until_ready()
+            self.await_ready()
             return self._transform(hvd.synchronize(self._handle))
         except HorovodInternalError as error:
             if "join" in str(error).lower():

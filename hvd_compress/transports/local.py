@@ -73,13 +73,16 @@ class _LocalPending(Pending):
     def ready(self) -> bool:
         return self._world.answered(self._name, self._rank)
 
-    def wait(self) -> Any:
+    def await_ready(self) -> None:
         if not self.ready():
             for rank, poll in self._world.polls.items():
                 if rank != self._rank:
                     poll()
         if not self.ready():
             raise RuntimeError(f"ranks {self._world.missing(self._name)} never posted {self._name!r}")
+
+    def wait(self) -> Any:
+        self.await_ready()
         return self._pick(self._world.answer(self._name, self._rank, self._combine))
 
 

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ..requests import ReduceOp
-from .base import Pending, Transport
+from .base import Pending, PolledPending, Transport
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
 _LEAVING = 1  # tag of the message of a rank that takes part no longer
@@ -26,7 +26,7 @@ _TORCH_OPS: dict[ReduceOp, Callable[..., Tensor]] = {
 }
 
 
-class _MPIPending(Pending):
+class _MPIPending(PolledPending):
     """Several MPI requests; holds their buffers until the last is done."""
 
     def __init__(
@@ -46,7 +46,7 @@ class _MPIPending(Pending):
         return False
 
     def wait(self) -> Any:
-        self.sleep_until_ready()
+        self.await_ready()
         self._buffers = None
         return self._answer()
 

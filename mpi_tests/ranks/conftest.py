@@ -61,8 +61,7 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
-        faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
+        _disarm()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -71,7 +70,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     outcome = report.outcome
     if report.failed:
         _print_failure(report)
+    _disarm()  # whom this rank waits for have a limit of their own
     outcomes = _rendezvous.meet(outcome, _GRACE_SECONDS if report.failed else None)
+    _arm()
     if outcomes is None:
         _end_job()
     elif not report.failed and set(outcomes) != {outcome}:
@@ -92,6 +93,11 @@ def pytest_unconfigure() -> None:
 def _arm() -> None:
     faulthandler.dump_traceback_later(_STACKS_SECONDS, file=_stderr)
     signal.alarm(_TEST_SECONDS)
+
+
+def _disarm() -> None:
+    faulthandler.cancel_dump_traceback_later()
+    signal.alarm(0)
 
 
 def _end_job() -> None:

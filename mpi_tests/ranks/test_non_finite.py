@@ -12,7 +12,9 @@ from .job import Job
 from .training import (
     COMPRESSIONS,
     IN_FRAMES,
+    IN_SUMS,
     WITH_RESIDUALS,
+    assert_close,
     assert_equal,
     assert_replicated,
     backward,
@@ -32,7 +34,7 @@ def copied_residuals(compression) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bad", [-math.inf, math.nan])
 @pytest.mark.parametrize("where", ["b", "flat"])
-@pytest.mark.parametrize("kind", ["adacomp", "topk", "terngrad"])
+@pytest.mark.parametrize("kind", ["adacomp", "topk", "terngrad", *IN_SUMS])
 def test_grad_scaler_skips_the_step_on_every_rank(several: Job, kind: str, where: str, bad: float) -> None:
     job = several
     of = parameters(SHAPES)
@@ -67,7 +69,7 @@ def test_grad_scaler_skips_the_step_on_every_rank(several: Job, kind: str, where
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("kind", IN_FRAMES)
+@pytest.mark.parametrize("kind", [*IN_FRAMES, *IN_SUMS])
 def test_every_rank_sees_a_tensor_that_is_not_finite_on_one(several: Job, kind: str, bad: float) -> None:
     job = several
     of = parameters(SHAPES)
@@ -121,7 +123,7 @@ def test_residuals_follow_the_loss_scale(several: Job, kind: str) -> None:
     assert_equal(copied_residuals(compression), {name: residual / 4 for name, residual in before.items()})
 
 
-@pytest.mark.parametrize("kind", WITH_RESIDUALS)
+@pytest.mark.parametrize("kind", [*WITH_RESIDUALS, *IN_SUMS, "stochastic_pruning"])
 def test_training_does_not_depend_on_the_loss_scale(several: Job, kind: str) -> None:
     """Scales are powers of two: nothing is rounded, so even the bits are the same."""
     job = several
@@ -140,7 +142,8 @@ def test_training_does_not_depend_on_the_loss_scale(several: Job, kind: str) -> 
             with optimizer.skip_synchronize():
                 optimizer.step()
         trained.append({name: p for name, p in copy(of).items() if name != "flat"})
-    assert_equal(*trained)
+    # What the backend adds up itself it may add in another order each time, where there are more than two ranks.
+    (assert_close if kind in IN_SUMS and job.size > 2 else assert_equal)(*trained)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])

@@ -10,6 +10,7 @@ from .job import Job
 from .training import (
     COMPRESSIONS,
     IN_FRAMES,
+    IN_SUMS,
     OPTIONS,
     WITH_RESIDUALS,
     Simulation,
@@ -184,8 +185,9 @@ def test_gradients_keep_their_type(job: Job, kind: str, dtype: torch.dtype) -> N
         if kind in IN_FRAMES:
             assert_equal(grads(of), expected)
         else:
-            rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float16).eps if kind == "fp16" else 0)
-            assert_close(grads(of), expected, 8 * rounding)
+            # Several rounds in float32 add up to more than one rounding of it.
+            least = {"fp16": torch.finfo(torch.float16).eps} | dict.fromkeys(IN_SUMS, 1e-6)
+            assert_close(grads(of), expected, 8 * max(torch.finfo(dtype).eps, least.get(kind, 0.0)))
     assert_replicated(job, of)
 
 

@@ -27,8 +27,14 @@ COMPRESSIONS: dict[str, MakeCompression] = {
     "terngrad": lambda named: Compression.terngrad(named, **OPTIONS),
     "adacomp": lambda named: Compression.adacomp(named, **OPTIONS),
     "topk": lambda named: Compression.topk(named, density=0.1, **OPTIONS),
+    "stochastic_pruning": lambda named: Compression.stochastic_pruning(named, rate=0.8, **OPTIONS),
+    "powersgd": lambda named: Compression.powersgd(named, approximation_rank=1, **OPTIONS),
+    "scalecom": lambda named: Compression.scalecom(named, density=0.1, **OPTIONS),
+    "dgc": lambda named: Compression.dgc(named, density=0.1, momentum=0.5, **OPTIONS),
 }
-IN_FRAMES = ("bf16", "terngrad", "adacomp", "topk")  # added in rank order by every rank: the same bits everywhere
+# Added in rank order by every rank: the same bits everywhere.
+IN_FRAMES = ("bf16", "terngrad", "adacomp", "topk", "stochastic_pruning")
+IN_SUMS = ("powersgd", "scalecom", "dgc")  # of several rounds, with residuals and more; added up by the backend
 WITH_RESIDUALS = ("adacomp", "topk")
 
 SHAPES = {"a": (30, 20), "b": (8, 4, 3, 3), "c": (40, 10)}

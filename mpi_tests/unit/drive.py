@@ -15,15 +15,19 @@ from hvd_compress.compressors import (
     AdaCompCompressor,
     BF16Compressor,
     Compressor,
+    DGCCompressor,
     FP16Compressor,
     NoneCompressor,
+    PowerSGDCompressor,
     QSGDCompressor,
+    ScaleComCompressor,
     Slot,
+    StochasticPruningCompressor,
     TernGradCompressor,
     TopKCompressor,
 )
 from hvd_compress.memory import ErrorFeedback
-from hvd_compress.requests import Allgather, Allreduce, ReduceOp, sent_bytes
+from hvd_compress.requests import Allgather, Allreduce, Broadcast, ReduceOp, sent_bytes
 
 SUMMED = {"none": NoneCompressor(), "fp16": FP16Compressor()}
 TERNGRAD = {
@@ -51,9 +55,19 @@ QSGD = {
     "qsgd_3_l2": QSGDCompressor(bits=3, bucket_size=64, norm="l2"),
     "qsgd_8": QSGDCompressor(bits=8, bucket_size=256),
 }
+PRUNED = {
+    "stochastic_pruning": StochasticPruningCompressor(),
+    "stochastic_pruning_0.5": StochasticPruningCompressor(rate=0.5),
+}
 STATEFUL: dict[str, Compressor] = {**ADACOMP, **TOPK}
-FRAMED: dict[str, Compressor] = {"bf16": BF16Compressor(), **TERNGRAD, **QSGD, **STATEFUL}
-EVERY: dict[str, Compressor] = {**SUMMED, **FRAMED}
+FRAMED: dict[str, Compressor] = {"bf16": BF16Compressor(), **TERNGRAD, **QSGD, **PRUNED, **STATEFUL}
+MIXED: dict[str, Compressor] = {  # frames, sums or both; more of their contract is in tests of their own
+    "powersgd": PowerSGDCompressor(),
+    "scalecom": ScaleComCompressor(density=0.05),
+    "scalecom_filtered": ScaleComCompressor(beta=0.5, chunk=50),
+    "dgc": DGCCompressor(density=0.05),
+}
+EVERY: dict[str, Compressor] = {**SUMMED, **FRAMED, **MIXED}
 SIZES = (1, 2, 3, 5)
 
 _OPS = {ReduceOp.SUM: torch.add, ReduceOp.MAX: torch.maximum, ReduceOp.MIN: torch.minimum}
@@ -96,7 +110,7 @@ def run(
         for rank, exchange in enumerate(exchanges):
             try:
                 requests.append(exchange.send(answers[rank]))
-                outcome.sent_bytes[rank] += sent_bytes(requests[-1], rank)
+                outcome.sent_bytes[rank] += sent_bytes(requests[-1])
             except StopIteration as end:
                 outcome.totals[rank] = end.value
         if not requests:
@@ -106,6 +120,9 @@ def run(
         if isinstance(requests[0], Allreduce):
             combined = reduce(_OPS[requests[0].op], [request.tensor.contiguous() for request in requests])
             answers = [combined.clone() for _ in requests]
+        elif isinstance(requests[0], Broadcast):
+            (root,) = {request.root for request in requests}
+            answers = [requests[root].tensor.clone() for _ in requests]
         else:
             assert isinstance(requests[0], Allgather)
             outcome.frames = [request.frame.clone() for request in requests]

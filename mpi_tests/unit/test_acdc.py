@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from hvd_compress.training import ACDC, Masks, Phase, Schedule
 from hvd_compress.training.masks import global_masks, kept, uniform_masks
@@ -391,13 +394,15 @@ def like_mpi(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("wrap", [like_horovod, like_mpi])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_wrapped_and_scheduled_optimizers_are_masked_alike(wrap, name):
+@pytest.mark.parametrize("first", ["wrapped", "acdc"])
+def test_wrapped_and_scheduled_optimizers_are_masked_alike(wrap, name, first):
     results = []
     for wrapper in (wrap, lambda optimizer: optimizer):
         model = make_model()
-        optimizer = wrapper(OPTIMIZERS[name](model.parameters()))
+        inner = OPTIMIZERS[name](model.parameters())
+        optimizer = wrapper(inner)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 20, cycle_momentum=False)
-        acdc = ACDC(model, optimizer, schedule=Schedule((1, 2, 1, 2)))
+        acdc = ACDC(model, optimizer if first == "wrapped" else inner, schedule=Schedule((1, 2, 1, 2)))
         for epoch in range(6):
             acdc.begin(epoch)
             for step in range(3):
@@ -408,18 +413,33 @@ def test_wrapped_and_scheduled_optimizers_are_masked_alike(wrap, name):
     assert_equal(*results)
 
 
-def test_an_optimizer_that_is_wrapped_too_late_is_noticed():
+def test_weights_that_something_else_has_moved_are_noticed():
     model = make_model()
-    inner = OPTIMIZERS["sgd"](model.parameters())
-    acdc = ACDC(model, inner, schedule=Schedule((1, 3)))
-    outer = like_horovod(inner)
+    acdc = ACDC(model, OPTIMIZERS["sgd"](model.parameters()), schedule=Schedule((1, 3)))
     acdc.begin(0)
-    train_step(model, outer, 0)
     acdc.begin(1)
-    train_step(model, outer, 1)
-    train_step(model, outer, 2)  # without gradients, momentum still moves the pruned weights
-    with pytest.raises(RuntimeError, match="give ACDC the optimizer whose step"):
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="no optimizer of them made a step: call apply_masks"):
         acdc.begin(2)
+    acdc.apply_masks()
+    acdc.begin(2)
+
+
+def test_the_optimizers_of_other_models_are_left_alone_and_nothing_is_kept_alive():
+    model, other = make_model(), make_model()
+    optimizer, of_other = (OPTIMIZERS["sgd"](m.parameters()) for m in (model, other))
+    acdc = ACDC(model, optimizer, schedule=Schedule((1, 1, 1, 1)))
+    for epoch in range(3):
+        acdc.begin(epoch)
+        train_step(other, of_other, epoch)
+    assert all(state["momentum_buffer"].any() for state in of_other.state.values())
+    hooks = len(_global_optimizer_post_hooks)
+    gone = weakref.ref(acdc)
+    del acdc
+    gc.collect()
+    assert gone() is None
+    assert len(_global_optimizer_post_hooks) == hooks - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

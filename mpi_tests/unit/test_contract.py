@@ -11,7 +11,10 @@ from hvd_compress import kernels, wire
 from hvd_compress.compressors import (
     AdaCompCompressor,
     BF16Compressor,
+    DGCCompressor,
     QSGDCompressor,
+    ScaleComCompressor,
+    StochasticPruningCompressor,
     TernGradCompressor,
     TopKCompressor,
 )
@@ -117,7 +120,8 @@ def test_only_stochastic_compressors_depend_on_seed_and_step(compressor, other):
     first = run(compressor, gradients, seed=7, step=3)
     second = run(compressor, gradients, **({"seed": 7, "step": 3} | other))
     same = [bits(a) == bits(b) for a, b in zip(first.frames, second.frames)]
-    assert same == [not isinstance(compressor, (TernGradCompressor, QSGDCompressor))] * 2
+    stochastic = isinstance(compressor, (TernGradCompressor, QSGDCompressor, StochasticPruningCompressor))
+    assert same == [not stochastic] * 2
 
 
 def test_stochastic_frames_differ_by_rank_and_parameter():
@@ -145,6 +149,11 @@ def test_frames_have_the_size_that_the_format_says(compressor, tensor):
         elif isinstance(compressor, QSGDCompressor):
             norms, blocks = math.ceil(numel / compressor.bucket_size), math.ceil(numel / 256)
             assert frame.numel() == 36 + 4 * norms + 32 * compressor.bits * blocks
+        elif isinstance(compressor, StochasticPruningCompressor):
+            magnitudes = ranks_of(tensor, 2)[parsed.sender].abs()
+            threshold = parsed.payload[:4].view(torch.float32)
+            exact = int(((magnitudes >= threshold) & (magnitudes > 0)).sum())
+            assert frame.numel() == 36 + 4 + 32 * math.ceil(numel / 128) + 4 * exact
         elif isinstance(compressor, TopKCompressor):
             k = min(math.ceil(round(compressor.density * numel, 6)), numel)
             payload = 4 * math.ceil(numel / 65536) + 6 * k
@@ -338,7 +347,9 @@ def test_other_floating_types_travel_as_their_float32_values(compressor, dtype, 
     half = run(compressor, gradients)
     single = run(compressor, [gradient.float() for gradient in gradients])
     assert all(bits(total) == bits(half.totals[0]) for total in half.totals)
-    assert half.totals[0].dtype == (torch.float64 if dtype == torch.float64 and not half.frames else torch.float32)
+    assert half.totals[0].dtype == (
+        torch.float64 if dtype == torch.float64 and compressor in SUMMED.values() else torch.float32
+    )
     if compressor is not SUMMED["none"] or dtype == torch.bfloat16:  # else they are added in their own type
         assert torch.allclose(half.totals[0].float(), single.totals[0], rtol=2e-3, atol=0) or not all(
             frame.dense == other.dense for frame, other in zip(half.parsed(), single.parsed())
@@ -454,7 +465,7 @@ def test_constant_gradients_are_not_erased(compressor, tensor):
     total = run(compressor, [tensor]).totals[0]
     sent = total != 0
     assert bool(sent.any())
-    exact = not isinstance(compressor, TopKCompressor)
+    exact = not isinstance(compressor, (TopKCompressor, ScaleComCompressor, DGCCompressor))
     assert bool((total[sent] * tensor.view(-1)[sent] > 0).all())
     if getattr(compressor, "norm", "max") != "l2":  # of a norm above all values, they are right on average alone
         assert bool(torch.allclose(total[sent], tensor.view(-1)[sent], rtol=2.0**-8))
@@ -509,13 +520,13 @@ def test_no_compression_at_one_rank_changes_nothing(dtype):
     assert bits(result["w"]) == bits(gradient)
 
 
-@every
+@pytest.mark.parametrize("compressor", {**SUMMED, **FRAMED}.values(), ids={**SUMMED, **FRAMED})
 def test_telemetry_counts_the_bytes_that_were_packed(compressor, monkeypatch):
     packed: dict[tuple[int, int], int] = {}
     pack = wire.pack
 
-    def spy(frame):
-        buffer = pack(frame)
+    def spy(frame, *room):
+        buffer = pack(frame, *room)
         key = frame.sender, frame.parameter
         packed[key] = packed.get(key, 0) + buffer.numel()
         return buffer

@@ -28,7 +28,7 @@ LAYERS = [
     {"compression", "mpi", "local", "elastic"},
     {"gradient_compression"},
     {"session"},
-    {"ordered_engine"},
+    {"ordered_engine", "adaptive"},
     {"training"},
     {"binding", "fingerprint", "engine"},
     {"transports"},
@@ -39,7 +39,7 @@ LAYERS = [
 ]
 # Who may reach for the other side of a layer.
 SIDEWAYS = {("mpi", "compression")}
-PACKAGES = {"training", "transports", "compressors", "kernels"}
+PACKAGES = {"adaptive", "training", "transports", "compressors", "telemetry", "kernels"}
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
@@ -93,8 +93,16 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
         # choice leads to native and reference, and these to what they share and to the packings
         "kernels": {
             f"hvd_compress.kernels.{name}"
-            for name in ("random", "codec", "moments", "ternary", "quantise", "prune", "native", "reference")
+            for name in (
+                *("random", "codec", "moments", "ternary", "quantise", "sparse", "topk", "gaps", "adacomp", "prune"),
+                *("native", "reference"),
+            )
         },
+        "adaptive": {
+            f"hvd_compress.adaptive.{name}"
+            for name in ("controller", "costs", "journal", "lasting", "layers", "link", "options", "policies", "solver")
+        },
+        "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "records", "spans")},
         "training": {f"hvd_compress.training.{name}" for name in ("masks", "momentum", "schedule")},
     }
     for module in MODULES:

@@ -13,6 +13,7 @@ import torch
 
 from hvd_compress import kernels
 from hvd_compress.kernels import native, prune, reference
+from hvd_compress.kernels.topk import topk_indices
 
 from .drive import bits, random
 
@@ -81,7 +82,8 @@ def summed(name: str, payloads: list[bytes], numel: int, divisor: float, *option
         bound = getattr(module, name)(parts, *options, divisor, buffer[1 : 1 + numel])
         assert buffer[0] == 77
         assert bool((buffer[1 + numel :] == 77).all())
-        outs.append((bits(buffer[1 : 1 + numel]), repr(bound)))
+        outs.append((bits(buffer[1 : 1 + numel]), bound < float("inf")))
+        assert bound >= reference.largest(buffer[1 : 1 + numel])
     assert outs[0] == outs[1]
 
 
@@ -91,6 +93,18 @@ def test_moments(numel, dtype):
     for name, values in tensors(numel, dtype).items():
         assert native.largest(values) == reference.largest(values), name
         assert native.moments(values) == reference.moments(values), name
+        assert native.magnitudes(values) == reference.magnitudes(values), name
+
+
+def test_the_mean_magnitude():
+    values = random(10_000)
+    assert native.magnitudes(values)[1] == pytest.approx(float(values.double().abs().mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [0, 1, 10, 999, 1000])
+def test_the_places_of_the_largest_are_those_of_the_torch_operations(k):
+    for values in (random(1000), torch.zeros(1000), (torch.arange(1000) % 7).float()):
+        assert torch.equal(kernels.largest_positions(values, k), topk_indices(values, k))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
@@ -152,6 +166,199 @@ def test_pruned(numel, threshold):
         theirs, their_total, their_below = prune.prune_dense(values, threshold, KEY)
         assert (bits(mine), below) == (bits(theirs), their_below), name
         assert total == pytest.approx(their_total, rel=1e-12)
+
+
+def residuals(numel: int):
+    """None, and one that makes sums tie, cancel and vanish."""
+    return None, torch.where(torch.arange(numel) % 3 == 0, -random(numel, seed=numel), random(numel, seed=7))
+
+
+def fed_back(name: str, room: int, values, residual, *options) -> tuple[bytes, int]:
+    """As `both`, of kernels with error feedback, which must leave the same behind; and their result."""
+    outcomes = []
+    for module in (reference, native):
+        buffer, kept = payload(room), torch.full((values.numel() + 9,), 77.0)
+        arguments = (values, residual, kept[1 : 1 + values.numel()], *options, buffer[3 : 3 + room])
+        length = getattr(module, name)(*arguments)
+        assert bits(buffer[:3]) == bytes([CANARY] * 3)
+        assert bits(buffer[3 + room :]) == bytes([CANARY] * 8)
+        assert kept[0] == 77
+        assert bool((kept[1 + values.numel() :] == 77).all())
+        sent = bits(buffer[3 : 3 + length].clone()) if length >= 0 else b""
+        outcomes.append((length, sent, bits(kept) if length != kernels.NOT_FINITE else b""))
+    assert outcomes[0] == outcomes[1], name
+    return outcomes[0][1], outcomes[0][0]
+
+
+def each_sum(numel: int, dtype: torch.dtype = torch.float32):
+    """Gradients and residuals whose sums are finite."""
+    for name, values in tensors(numel, dtype).items():
+        for residual in residuals(numel):
+            if name != "huge" or residual is None:
+                yield values, residual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", NUMELS)
+def test_accumulated(numel, dtype):
+    for values, residual in each_sum(numel, dtype):
+        mine, theirs = torch.empty(numel), torch.empty(numel)
+        assert native.accumulate(values, residual, mine) == reference.accumulate(values, residual, theirs)
+        assert bits(mine) == bits(theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [*NUMELS, 140_000])
+def test_largest(numel, dtype):
+    payloads = []
+    for values, residual in each_sum(numel, dtype):
+        for k in sorted({min(max(part, 1), numel) for part in (1, numel // 100, numel // 3, numel)}):
+            room = kernels.sparse_bytes(numel, k)
+            payloads.append(fed_back("topk_encode", room, values, residual, k)[0])
+    payloads = [part for part in payloads if part or not numel]
+    for ranks in (1, 2, 5, len(payloads)):
+        summed("sparse_sum", payloads[:ranks], numel, float(ranks))
+
+
+@pytest.mark.parametrize("numel", [1000, 70_001])
+def test_largest_of_elements_that_come_in_an_unlikely_order(numel):
+    """What a sample makes of them is far off: the largest are where it does not look, or everywhere it does."""
+    ascending = torch.arange(numel, dtype=torch.float32)
+    sampled = torch.zeros(numel)
+    for start in range(0, numel, max(numel // (numel // 128), 1)):
+        sampled[start : start + 8] = 9.0
+    for values in (ascending, -ascending.flip(0), sampled, 9 - sampled, (ascending % 7 == 3).float()):
+        for k in (1, 10, numel // 5):
+            fed_back("topk_encode", kernels.sparse_bytes(numel, k), values, None, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [*NUMELS, 140_000])
+def test_what_reaches_a_threshold(numel, dtype):
+    payloads = []
+    for values, residual in each_sum(numel, dtype):
+        for threshold in (1e-42, 0.3, 1.0, 5.0):
+            for entries in (numel, numel // 3, 3):
+                room = kernels.sparse_bytes(numel, entries)
+                sent, length = fed_back("threshold_encode", room, values, residual, threshold)
+                payloads += [sent] * (length >= 0)
+            fed_back("threshold_encode", 2, values, residual, threshold)
+    summed("sparse_sum", payloads[:9], numel, 3.0)
+
+
+@pytest.mark.parametrize("bin_size", [1, 5, 8, 50, 64, 65, 500, 16_384])
+@pytest.mark.parametrize("numel", [0, 1, 9, 255, 513, 4099, 70_001])
+def test_adacomp(numel, bin_size):
+    payloads = []
+    for dtype in DTYPES:
+        for values, residual in each_sum(numel, dtype):
+            sent, length = fed_back("adacomp_encode", 4 + 2 * numel + 200, values, residual, bin_size)
+            payloads.append(sent)
+            for room in (3, 4, max(length - 1, 0), max(length, 4)):
+                fed_back("adacomp_encode", room, values, residual, bin_size)
+    width = kernels.token_width(bin_size)
+    for ranks in (1, 2, 7):
+        summed("gaps_sum", [part for part in payloads if part][:ranks], numel, float(ranks), width)
+
+
+@pytest.mark.parametrize("place", [0, 5, 500, 998, 999])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_accumulates_to_no_finite_value_is_seen(bad, place):
+    spoilt = random(1000)
+    spoilt[place] = bad
+    for values, residual in ((spoilt, None), (random(1000), spoilt)):
+        for name, option in (("topk_encode", 10), ("threshold_encode", 1.0), ("adacomp_encode", 50)):
+            assert fed_back(name, 5000, values, residual, option)[1] == kernels.NOT_FINITE
+            if name != "topk_encode":
+                assert fed_back(name, 5, values, residual, option)[1] == kernels.NOT_FINITE
+
+
+def damaged(of: bytes, *changes: tuple[int, int]) -> torch.Tensor:
+    spoilt = bytearray(of)
+    for place, value in changes:
+        spoilt[place] = value
+    return torch.frombuffer(spoilt, dtype=torch.uint8)
+
+
+def test_damaged_sparse_payloads_are_refused():
+    numel = 70_000
+    values = random(numel)
+    sent, _ = fed_back("topk_encode", kernels.sparse_bytes(numel, 100), values, None, 100)
+    whole = damaged(sent)
+    places = 8 + 4 * 100
+    for spoilt in (
+        whole[:7].clone(),
+        whole[:-2].clone(),
+        damaged(sent, (0, sent[0] + 1)),
+        damaged(sent, (3, 1)),
+        damaged(sent, (places, 255), (places + 1, 255)),
+        damaged(sent, (len(sent) - 2, 255), (len(sent) - 1, 255)),
+    ):
+        for module in (reference, native):
+            with pytest.raises(kernels.PayloadError) as raised:
+                module.sparse_sum([whole, spoilt, whole], 1.0, torch.empty(numel))
+            assert raised.value.rank == 1
+
+
+def test_damaged_gap_codes_are_refused():
+    sent, _ = fed_back("adacomp_encode", 5000, random(1000), None, 500)
+    whole = damaged(sent)
+    for spoilt in (whole[:3].clone(), whole[:-1].clone(), damaged(sent, (len(sent) - 1, 127))):
+        for module in (reference, native):
+            with pytest.raises(kernels.PayloadError) as raised:
+                module.gaps_sum([whole, spoilt], 16, 1.0, torch.empty(1000))
+            assert raised.value.rank == 1
+
+
+def test_sums_that_overflow_are_seen_by_all():
+    huge = [torch.full((100,), 3e38), torch.full((100,), 3e38)]
+    for same in (True, False):
+        payloads = []
+        for number, values in enumerate(huge):
+            values = values * (torch.arange(100) % 2 == (0 if same else number))
+            payloads.append(fed_back("topk_encode", kernels.sparse_bytes(100, 50), values, None, 50)[0])
+        parts = [damaged(part) for part in payloads]
+        for module in (reference, native):
+            assert (module.sparse_sum(parts, 1.0, torch.empty(100)) == float("inf")) is same
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", NUMELS)
+def test_pruned_and_packed(numel, dtype):
+    room, start = 4 + kernels.ternary_bytes(numel) + 4 * numel, 4 + kernels.ternary_bytes(numel)
+    payloads = []
+    for values in tensors(numel, dtype).values():
+        for threshold in (0.0, 1e-42, 1e-30, 0.5, 3.0):
+            limit = float(torch.tensor(threshold))
+            length, sent = written(reference.prune_encode, room, values, limit, KEY)
+            assert written(native.prune_encode, room, values, limit, KEY)[0] == length
+            if length >= 0:
+                assert both("prune_encode", length, values, limit, KEY) == sent[:length]
+                payloads.append(sent[:length])
+            for less in (start - 1, start, length - 4):
+                if less >= 0:
+                    outcome = written(reference.prune_encode, less, values, limit, KEY)[0]
+                    assert written(native.prune_encode, less, values, limit, KEY)[0] == outcome
+    for ranks in (1, 2, 5, len(payloads)):
+        summed("prune_sum", payloads[:ranks], numel, float(ranks))
+
+
+def test_damaged_pruned_payloads_are_refused():
+    length, sent = written(reference.prune_encode, 8000, random(1000), 0.5, KEY)
+    whole = damaged(sent[:length])
+    more = next(place for place in range(4, 200) if sent[place] & 3 == 0)
+    for spoilt in (
+        whole[:100].clone(),
+        whole[:-4].clone(),
+        damaged(sent[: length + 4]),
+        damaged(sent[:length], (3, 191)),
+        damaged(sent[:length], (3, 127), (2, 128)),
+        damaged(sent[:length], (more, sent[more] | 3)),
+    ):
+        for module in (reference, native):
+            with pytest.raises(kernels.PayloadError) as raised:
+                module.prune_sum([whole, spoilt, whole], 1.0, torch.empty(1000))
+            assert raised.value.rank == 1
 
 
 def test_payloads_of_the_wrong_length_are_refused():

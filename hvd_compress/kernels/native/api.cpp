@@ -2,6 +2,8 @@
 #include "crc32.hpp"
 #include "level.hpp"
 
+#include <cstdlib>
+
 #define HC_API extern "C" __attribute__((visibility("default")))
 
 namespace plain {
@@ -34,7 +36,25 @@ const Level* best() {
 
 const Level* level = &plain::LEVEL;
 
+struct Room {
+    void* start = nullptr;
+    size_t bytes = 0;
+
+    ~Room() { std::free(start); }
+};
+thread_local Room room;
+
 }  // namespace
+
+void* scratch(size_t bytes) {
+    if (bytes > room.bytes) {
+        std::free(room.start);
+        const size_t whole = (bytes + 63) / 64 * 64;
+        room.start = std::aligned_alloc(64, whole);
+        room.bytes = room.start ? whole : 0;
+    }
+    return room.start;
+}
 
 // Levels: 0 plain, 1 AVX2. Returns the one that is in use from now on: the one asked for, or less.
 HC_API int hc_select(int most) {
@@ -59,6 +79,10 @@ HC_API int32_t hc_moments(const void* x, int type, size_t numel, double* sums) {
     return level->moments(x, type, numel, sums);
 }
 
+HC_API int32_t hc_magnitudes(const void* x, int type, size_t numel, double* sum) {
+    return level->magnitudes(x, type, numel, sum);
+}
+
 HC_API int32_t hc_largest(const void* x, int type, size_t numel) { return level->largest(x, type, numel); }
 
 HC_API void hc_ternary_encode(
@@ -81,6 +105,49 @@ HC_API void hc_quantise_sum(
     level->quantise_sum(payloads, ranks, numel, bits, bucket, divisor, out);
 }
 
+HC_API int32_t hc_accumulate(const void* x, int type, size_t numel, const float* residual, float* kept) {
+    return level->accumulate(x, type, residual, kept, numel);
+}
+
+HC_API int64_t hc_topk_encode(
+    const void* x, int type, size_t numel, const float* residual, float* kept, size_t k, uint8_t* payload) {
+    return level->topk_encode(x, type, residual, kept, numel, k, payload);
+}
+
+HC_API int64_t hc_threshold_encode(
+    const void* x, int type, size_t numel, const float* residual, float* kept, float threshold, uint8_t* payload,
+    size_t capacity) {
+    return level->threshold_encode(x, type, residual, kept, numel, threshold, payload, capacity);
+}
+
+HC_API int hc_sparse_sum(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
+    float* bound) {
+    return level->sparse_sum(payloads, lengths, ranks, numel, divisor, out, bound);
+}
+
+HC_API int64_t hc_adacomp_encode(
+    const void* x, int type, size_t numel, const float* residual, float* kept, size_t bin_size, int width,
+    uint8_t* payload, size_t capacity) {
+    return level->adacomp_encode(x, type, residual, kept, numel, bin_size, width, payload, capacity);
+}
+
+HC_API int hc_gaps_sum(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, int width, float divisor,
+    float* out, float* bound) {
+    return level->gaps_sum(payloads, lengths, ranks, numel, width, divisor, out, bound);
+}
+
+HC_API int64_t hc_prune_encode(
+    const void* x, int type, size_t numel, float threshold, uint64_t key, uint8_t* codes, size_t capacity) {
+    return level->prune_encode(x, type, numel, threshold, key, codes, capacity);
+}
+
+HC_API int hc_prune_sum(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out) {
+    return level->prune_sum(payloads, lengths, ranks, numel, divisor, out);
+}
+
 HC_API uint64_t hc_prune_dense(
     const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum) {
     return level->prune_dense(x, numel, threshold, key, out, sum);
@@ -92,4 +159,10 @@ HC_API int hc_bfloat_encode(const void* x, int type, size_t numel, uint8_t* out)
 
 HC_API void hc_bfloat_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
     level->bfloat_sum(payloads, ranks, numel, divisor, out);
+}
+
+HC_API int hc_solve(
+    const int32_t* units, const double* costs, int32_t layers, int32_t candidates, int32_t levels, double* table,
+    int32_t* choice) {
+    return level->solve(units, costs, layers, candidates, levels, table, choice);
 }

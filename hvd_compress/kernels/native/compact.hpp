@@ -40,6 +40,9 @@ inline size_t compact(int32_t* out, I8 a, int mask) {
     return static_cast<size_t>(__builtin_popcount(static_cast<unsigned>(mask)));
 }
 
+// The same to an address of any alignment.
+inline size_t compact_bytes(uint8_t* out, F8 a, int mask) { return compact(reinterpret_cast<float*>(out), a, mask); }
+
 // The `count` values at `packed` (of any alignment), each in the next lane that the mask names.
 inline F8 expand(const void* packed, int mask, size_t count) {
     float values[LANES] = {};
@@ -65,6 +68,12 @@ inline size_t compact(int32_t* out, I8 a, int mask) {
             out[count++] = a.v[lane];
         }
     }
+    return count;
+}
+inline size_t compact_bytes(uint8_t* out, F8 a, int mask) {
+    float eight[LANES];
+    const size_t count = compact(eight, a, mask);
+    std::memcpy(out, eight, count * sizeof(float));
     return count;
 }
 inline F8 expand(const void* packed, int mask, size_t) {

@@ -1,10 +1,13 @@
 // The kernels for one instruction set: compiled once with AVX2 (HC_LEVEL=avx2), once without (HC_LEVEL=plain).
 #include "level.hpp"
 
+#include "adacomp.hpp"
 #include "cast.hpp"
 #include "prune.hpp"
 #include "quantise.hpp"
+#include "solver.hpp"
 #include "ternary.hpp"
+#include "topk.hpp"
 
 #include <type_traits>
 
@@ -40,9 +43,17 @@ int32_t moments_(const void* x, int type, size_t numel, double* sums) {
         if (numel) {
             fstore(first, load(p, 1));
         }
-        const Moments m = moments(p, numel, first[0]);
+        const Moments m = moments<false>(p, numel, first[0]);
         sums[0] = m.sum;
         sums[1] = m.squares;
+        return m.largest_bits;
+    });
+}
+
+int32_t magnitudes_(const void* x, int type, size_t numel, double* sum) {
+    return with_type(x, type, [&](auto* p) {
+        const Moments m = moments<true>(p, numel, 0);
+        *sum = m.sum;
         return m.largest_bits;
     });
 }
@@ -57,11 +68,10 @@ void ternary_encode_(const void* x, int type, size_t numel, float bound, float s
 
 int quantise_encode_(
     const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload) {
-    float* norms = reinterpret_cast<float*>(payload);
     uint8_t* codes = payload + 4 * ((numel + bucket - 1) / bucket);
     return with_type(x, type, [&](auto* p) {
         return with_bits(bits, [&](auto b) {
-            return quantise_encode_as<b.value>(p, numel, bucket, l2 != 0, key, norms, codes);
+            return quantise_encode_as<b.value>(p, numel, bucket, l2 != 0, key, payload, codes);
         });
     });
 }
@@ -69,6 +79,64 @@ int quantise_encode_(
 void quantise_sum_(
     const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out) {
     with_bits(bits, [&](auto b) { quantise_sum_as<b.value>(payloads, ranks, numel, bucket, divisor, out); });
+}
+
+int32_t accumulate_(const void* x, int type, const float* residual, float* kept, size_t numel) {
+    return with_type(x, type, [&](auto* p) { return accumulate(p, residual, kept, numel); });
+}
+
+int64_t topk_encode_(
+    const void* x, int type, const float* residual, float* kept, size_t numel, size_t k, uint8_t* payload) {
+    void* const room = scratch(topk_scratch_bytes(numel, k));
+    return room ? with_type(x, type, [&](auto* p) { return topk_encode(p, residual, kept, numel, k, payload, room); })
+                : NO_MEMORY;
+}
+
+int64_t threshold_encode_(
+    const void* x, int type, const float* residual, float* kept, size_t numel, float threshold, uint8_t* payload,
+    size_t capacity) {
+    void* const room = scratch(threshold_scratch_bytes(capacity));
+    return room ? with_type(x, type, [&](auto* p) {
+        return threshold_encode(p, residual, kept, numel, threshold, payload, capacity, room);
+    }) : NO_MEMORY;
+}
+
+int sparse_sum_(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
+    float* bound) {
+    void* const room = scratch(sparse_sum_scratch_bytes(ranks));
+    return room ? sparse_sum(payloads, lengths, ranks, numel, divisor, out, bound, room) : NO_MEMORY;
+}
+
+int64_t adacomp_encode_(
+    const void* x, int type, const float* residual, float* kept, size_t numel, size_t bin_size, int width,
+    uint8_t* payload, size_t capacity) {
+    void* const room = scratch(adacomp_scratch_bytes(bin_size));
+    return !room ? NO_MEMORY : with_type(x, type, [&](auto* p) {
+        using T = std::remove_reference_t<decltype(*p)>;
+        const auto encode = width == 8 ? adacomp_encode<std::remove_const_t<T>, uint8_t>
+                                       : adacomp_encode<std::remove_const_t<T>, uint16_t>;
+        return encode(p, residual, kept, numel, bin_size, payload, capacity, room);
+    });
+}
+
+int gaps_sum_(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, int width, float divisor,
+    float* out, float* bound) {
+    void* const room = scratch(gaps_sum_scratch_bytes(ranks));
+    return !room ? NO_MEMORY : (width == 8 ? gaps_sum<uint8_t> : gaps_sum<uint16_t>)(
+        payloads, lengths, ranks, numel, divisor, out, bound, room);
+}
+
+int64_t prune_encode_(
+    const void* x, int type, size_t numel, float threshold, uint64_t key, uint8_t* codes, size_t capacity) {
+    return with_type(x, type, [&](auto* p) { return prune_encode(p, numel, threshold, key, codes, capacity); });
+}
+
+int prune_sum_(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out) {
+    void* const room = scratch(prune_sum_scratch_bytes(ranks));
+    return room ? prune_sum(payloads, lengths, ranks, numel, divisor, out, room) : NO_MEMORY;
 }
 
 uint64_t prune_dense_(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum) {
@@ -86,8 +154,9 @@ int bfloat_encode_(const void* x, int type, size_t numel, uint8_t* out) {
 
 extern const Level LEVEL;
 const Level LEVEL = {
-    moments_,     largest_,     ternary_encode_, ternary_sum, quantise_encode_,
-    quantise_sum_, prune_dense_, bfloat_encode_,  bfloat_sum,
+    moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum, quantise_encode_, quantise_sum_,
+    accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, adacomp_encode_, gaps_sum_, prune_encode_,
+    prune_sum_,   prune_dense_,     bfloat_encode_,    bfloat_sum,  solve,
 };
 
 }  // namespace HC_LEVEL

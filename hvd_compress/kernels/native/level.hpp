@@ -4,8 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+// Room for a kernel to work in, of this thread; what is in it does not outlive the call. Null if there is no memory.
+void* scratch(size_t bytes);
+
+constexpr int NO_MEMORY = -(1 << 30);  // an error of no rank, see ERROR_CODES
+
 struct Level {
     int32_t (*moments)(const void* x, int type, size_t numel, double* sums);
+    int32_t (*magnitudes)(const void* x, int type, size_t numel, double* sum);
     int32_t (*largest)(const void* x, int type, size_t numel);
     void (*ternary_encode)(
         const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, uint8_t* codes);
@@ -15,7 +21,29 @@ struct Level {
         const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload);
     void (*quantise_sum)(
         const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out);
+    int32_t (*accumulate)(const void* x, int type, const float* residual, float* kept, size_t numel);
+    int64_t (*topk_encode)(
+        const void* x, int type, const float* residual, float* kept, size_t numel, size_t k, uint8_t* payload);
+    int64_t (*threshold_encode)(
+        const void* x, int type, const float* residual, float* kept, size_t numel, float threshold, uint8_t* payload,
+        size_t capacity);
+    int (*sparse_sum)(
+        const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
+        float* bound);
+    int64_t (*adacomp_encode)(
+        const void* x, int type, const float* residual, float* kept, size_t numel, size_t bin_size, int width,
+        uint8_t* payload, size_t capacity);
+    int (*gaps_sum)(
+        const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, int width, float divisor,
+        float* out, float* bound);
+    int64_t (*prune_encode)(
+        const void* x, int type, size_t numel, float threshold, uint64_t key, uint8_t* codes, size_t capacity);
+    int (*prune_sum)(
+        const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out);
     uint64_t (*prune_dense)(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum);
     int (*bfloat_encode)(const void* x, int type, size_t numel, uint8_t* out);
     void (*bfloat_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);
+    int (*solve)(
+        const int32_t* units, const double* costs, int32_t layers, int32_t candidates, int32_t levels, double* table,
+        int32_t* choice);
 };

@@ -59,7 +59,7 @@ template <int BITS> I8 quantise(F8 x, F8 factor, I8 random) {
 
 // Returns 0, or -1 where a value is not finite. `bucket` is a multiple of eight.
 template <int BITS, class T>
-int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_t key, float* norms, uint8_t* codes) {
+int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_t key, uint8_t* norms, uint8_t* codes) {
     const Stream stream(key);
     float factors[BLOCK_ROWS];
     size_t known = 0;  // buckets whose norm is known
@@ -84,7 +84,7 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
                 if (as_int(factor) >= INFINITY_BITS) {
                     norm = factor = 0;  // smaller than can be divided by
                 }
-                norms[known++] = norm;
+                std::memcpy(norms + 4 * known++, &norm, 4);
             }
             factors[row] = factor;
         }

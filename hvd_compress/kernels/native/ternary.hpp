@@ -29,7 +29,8 @@ inline double fold(double* lanes) {
 }
 
 // Four quarters of as many full rows of eight, each summed in eight lanes, row after row; what remains comes last.
-template <class T> Moments moments(const T* x, size_t numel, float shift) {
+// With MAGNITUDES, of |x| in place of x; then `shift` is 0.
+template <bool MAGNITUDES, class T> Moments moments(const T* x, size_t numel, float shift) {
     const D8 origin = dset(static_cast<double>(shift));
     I8 largest[STREAMS];
     D8 sum[STREAMS], squares[STREAMS];
@@ -39,9 +40,11 @@ template <class T> Moments moments(const T* x, size_t numel, float shift) {
     }
     const auto take = [&](int s, F8 v) {
         largest[s] = imax(largest[s], magnitude_bits(v));
-        const D8 d = widen(v) - origin;
+        const D8 d = widen(MAGNITUDES ? fabs8(v) : v) - origin;
         sum[s] = sum[s] + d;
-        squares[s] = squares[s] + d * d;
+        if (!MAGNITUDES) {  // nobody asks for their squares
+            squares[s] = squares[s] + d * d;
+        }
     };
     const size_t quarter = numel / MOMENT_LANES * LANES;
     for (size_t i = 0; i < quarter; i += LANES) {

@@ -15,6 +15,9 @@
 #define HC_UNROLL(rows)
 #endif
 
+// A step of a loop that is written out for eight elements, where their number is a constant, and for fewer.
+#define HC_INLINE __attribute__((always_inline))
+
 namespace HC_LEVEL {
 
 constexpr int LANES = 8;

@@ -1,0 +1,96 @@
+"""Rates that change during training, at the same step on all ranks: who gives them, and from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..compressors import Compressor, Slot
+from ..engine import Engine
+from ..transports.base import Transport
+from . import journal
+from .layers import check_adaptable
+from .policies import Policy
+
+
+class Controller:
+    """Gives slots their rates. A session calls it as a step goes by; what it does in between is up to subclasses."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.number = 0  # of the plan in force; 0 before the first one
+        self.rates: dict[str, float] = {}  # of the plan in force, by parameter
+        self.accumulated: dict[str, Tensor] = {}  # float32 [numel], of this rank, without the loss scale
+        self.seconds = 0.0  # that this rank has spent on decisions
+        self.sent_bytes = 0
+
+    def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
+        """Learn what is to be compressed; raises ValueError for what has no rates to choose from."""
+        self.compressor, self.slots = check_adaptable(compressor), slots
+
+    def description(self) -> str:
+        """Equal on ranks whose controllers are made alike."""
+        raise NotImplementedError
+
+    def attach(self, transport: Transport) -> None:
+        """Start on these ranks; all of them call it."""
+        self.drop()
+        self._give()
+
+    def submitting(self, engine: Engine, slot: Slot, gradient: Tensor) -> None:
+        """Before the exchange of a gradient starts."""
+
+    def finishing(self, engine: Engine) -> None:
+        """Before the first result of a step is asked for."""
+
+    def settled(self, step: int) -> None:
+        """A step has ended, and `step` begins."""
+
+    def drop(self) -> None:
+        """Forget what is under way in this step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on all ranks; JSON-serializable."""
+        return {"number": self.number, "rates": dict(self.rates)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.drop()
+        self.number, self.rates = state["number"], dict(state["rates"])
+        self._give()
+
+    def load_accumulated(self, accumulated: Mapping[str, Tensor]) -> None:
+        self.accumulated = {name: total.detach().clone() for name, total in accumulated.items()}
+
+    def _initial(self, slot: Slot) -> float | None:
+        has_choice = slot.compressed and self.compressor.candidates(slot.shape)
+        return self.policy.initial_rate if has_choice else None
+
+    def _give(self) -> None:
+        for slot in self.slots:
+            rate = self.rates.get(slot.name, self._initial(slot))
+            if rate != slot.rate:
+                slot.rate, slot.cache = rate, None
+
+
+class Replay(Controller):
+    """Repeats the plans of a log that every rank can read; before the first one, rates are those of `policy`."""
+
+    def __init__(self, path: str | Path, policy: Policy) -> None:
+        super().__init__(policy)
+        self._path = Path(path)
+
+    def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
+        super().bind(compressor, slots)
+        self._plans = journal.read(self._path, [slot.name for slot in slots])
+
+    def description(self) -> str:
+        return f"{self.policy!r}, replay of {sorted(self._plans.items())}"
+
+    def settled(self, step: int) -> None:
+        if step in self._plans:
+            self.number += 1
+            self.rates = self._plans[step]
+            self._give()

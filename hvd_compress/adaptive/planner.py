@@ -1,0 +1,215 @@
+"""Rank 0 decides: gradients are added up, the errors of all ranks go to it, and its plan to all."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..compressors import Compressor, Slot
+from ..compressors.base import flat32, max_abs
+from ..engine import Engine, Ticket
+from ..requests import Allreduce, Broadcast, Exchange
+from ..transports.base import Transport
+from ..transports.local import LocalTransport
+from . import journal
+from .controller import Controller
+from .lasting import lasting_errors, reached_share
+from .layers import Layer, error_table, layers_of, message_table, payload_table, present_rate
+from .link import Link
+from .options import Options
+from .policies import Policy, Statistics
+
+GRADIENT = ":gradient"  # after the name of a parameter: its gradients without the residuals
+
+
+class Planner(Controller):
+    """Adds up gradients before a decision, and has rank 0 decide on the sum of all ranks' errors.
+
+    The tables travel to rank 0 and the plan back beside the gradients of one step. It holds from the next step on: by
+    then every rank has it, since all ask for it before they ask for the first gradient of that step.
+    """
+
+    def __init__(self, policy: Policy, options: Options) -> None:
+        super().__init__(policy)
+        self.options = options
+        self._norms: dict[str, float] = {}  # at the last decision
+        self._reached: dict[str, float] = {}  # shares of the gradients, see lasting.py
+        self._ticket: Ticket | None = None
+        self._pending: Tensor | None = None  # a plan for the next step
+        self._line: dict[str, Any] | None = None  # rank 0: what the log will say of it
+        self.link: Link | None = None  # measured in the first step, and in the one before each decision
+        self._measures = False
+
+    def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
+        super().bind(compressor, slots)
+        payload_table(compressor, self._layers(0))  # raises for rates that cannot be
+        if self.options.objective == "time" and self.options.link is None:
+            self.link = Link(gathers=not hasattr(compressor, "approximation_rank"))
+
+    def description(self) -> str:
+        options = {name: value for name, value in vars(self.options).items() if name != "log"}
+        return f"{self.policy!r}, {options}"
+
+    def attach(self, transport: Transport) -> None:
+        super().attach(transport)
+        if self.link is not None:
+            if isinstance(transport, LocalTransport):
+                raise ValueError(
+                    "simulated ranks have no network to measure: give link=TimeCost(...), or objective='bytes'"
+                )
+            self.link.samples.clear()
+
+    def submitting(self, engine: Engine, slot: Slot, gradient: Tensor) -> None:
+        left = self.options.steps_to_decision(slot.step)
+        if left == 0 and self._ticket is None:
+            self._ticket = engine.submit(len(self.slots), self._decide(slot.step))
+        ahead = left or self.options.interval
+        if 0 < ahead <= self.options.window:
+            self._accumulate(slot, gradient)
+        if self.link is not None and slot.size > 1 and (ahead == 1 or not self.link.samples):
+            self._measures = True
+
+    def finishing(self, engine: Engine) -> None:
+        if self._ticket is not None and self._pending is None:
+            self._pending = engine.finish(self._ticket)
+            self.sent_bytes += self._ticket.sent_bytes
+        if self.link is not None and self._measures:
+            self._measures = False
+            self._measure(engine, self.link)
+
+    def _measure(self, engine: Engine, link: Link) -> None:
+        """All gradients of the step were handed in: an engine that keeps an order runs this after them."""
+        if engine.collecting:
+            engine.flush()
+        start = time.perf_counter()
+        ticket = engine.submit(len(self.slots), link.measure(self.slots[0].rank))
+        engine.finish(ticket)
+        self.sent_bytes += ticket.sent_bytes
+        self.seconds += time.perf_counter() - start
+
+    def settled(self, step: int) -> None:
+        plan, line = self._pending, self._line
+        self.drop()
+        if plan is None:
+            return
+        number, *rates = plan.tolist()
+        self.number = int(number)
+        self.rates = {slot.name: rate for slot, rate in zip(self.slots, rates) if rate}
+        self._give()
+        if line is not None and self.options.log is not None:
+            journal.append(Path(self.options.log), line)
+
+    def drop(self) -> None:
+        self._ticket = self._pending = self._line = None
+        self._measures = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"norms": dict(self._norms), "reached": dict(self._reached)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._norms, self._reached = dict(state["norms"]), dict(state["reached"])
+
+    def _layers(self, step: int) -> list[Layer]:
+        options = self.options
+        extra = self.policy.rates
+        return layers_of(self.compressor, self.slots, step, reach=options.reach, given=options.rates or (), extra=extra)
+
+    def _accumulate(self, slot: Slot, gradient: Tensor) -> None:
+        if not slot.compressed or gradient.is_sparse or (self.options.errors_of == "rank0" and slot.rank):
+            return
+        start = time.perf_counter()
+        values = flat32(gradient)
+        if max_abs(values) < math.inf:
+            unscaled = 1.0 / (slot.loss_scale or 1.0)
+            if self.policy.needs_norms:
+                self._add(slot.name + GRADIENT, values, unscaled)
+            if self.policy.needs_errors:
+                self._add(slot.name, values, unscaled)
+                if (residual := slot.memory.residuals.get(slot.name)) is not None:
+                    self._add(slot.name, residual.to(values.device), unscaled)
+        self.seconds += time.perf_counter() - start
+
+    def _add(self, key: str, values: Tensor, factor: float) -> None:
+        total = self.accumulated.get(key)
+        if total is None:
+            total = self.accumulated[key] = torch.zeros_like(values)
+        total.add_(values, alpha=factor)
+
+    def _decide(self, step: int) -> Exchange:
+        """The tables of all ranks to rank 0, its plan to all: float64 [1 + parameters], its number and the rates."""
+        start = time.perf_counter()
+        layers = self._layers(step)
+        present = [present_rate(self.compressor, self.slots[layer.index], step) for layer in layers]
+        table = self._table(layers, present)
+        self.accumulated.clear()
+        self._reach(layers, present)
+        self.seconds += time.perf_counter() - start
+        total = yield Allreduce(torch.from_numpy(table))
+        start = time.perf_counter()
+        sums = total.numpy().reshape(table.shape)
+        norms = np.sqrt(sums[:, -1])
+        plan = torch.zeros(1 + len(self.slots), dtype=torch.float64)
+        if self.slots[0].rank == 0:
+            errors = self._errors(layers, sums[:, :-1])
+            plan = self._choose(step, Statistics(layers, errors, self._costs(layers), norms, self._norms))
+        self._norms = {layer.name: float(norm) for layer, norm in zip(layers, norms)}
+        self.seconds += time.perf_counter() - start
+        plan = yield Broadcast(plan, 0)
+        return plan
+
+    def _table(self, layers: Sequence[Layer], present: Sequence[float]) -> np.ndarray:
+        """This rank's share, float64 [layers, n + 1]: errors, and squared norms of the gradients.
+
+        Errors of all candidates, or where the lasting ones are asked for, of the rates at present alone.
+        """
+        rates = [(rate,) for rate in present] if self._lasting else [layer.rates for layer in layers]
+        errors = error_table(self.compressor, layers, self.accumulated if self.policy.needs_errors else {}, rates)
+        gradients = [self.accumulated.get(layer.name + GRADIENT) for layer in layers]
+        squares = [
+            0.0 if g is None else float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients
+        ]
+        return np.column_stack([errors, np.asarray(squares, np.float32).astype(np.float64)])
+
+    @property
+    def _lasting(self) -> bool:
+        return self.options.errors == "lasting" and self.compressor.stateful
+
+    def _reach(self, layers: Sequence[Layer], present: Sequence[float]) -> None:
+        """Take in that the rates at present have been in force since the last decision."""
+        for layer, rate in zip(layers, present):
+            share = self.compressor.payload_bytes(layer.shape, rate) / (4 * layer.shape.numel())
+            self._reached[layer.name] = reached_share(self._reached.get(layer.name), share, self.options.interval)
+
+    def _errors(self, layers: Sequence[Layer], sums: np.ndarray) -> np.ndarray:
+        """Of all candidates, from what the ranks' tables add up to."""
+        if not self._lasting:
+            return sums
+        shares = payload_table(self.compressor, layers) / [[4 * layer.shape.numel()] for layer in layers]
+        return lasting_errors(sums[:, 0], np.array([self._reached[layer.name] for layer in layers]), shares)
+
+    def _costs(self, layers: Sequence[Layer]) -> np.ndarray:
+        sizes = payload_table(self.compressor, layers)
+        if self.options.objective == "bytes":
+            return sizes
+        link = self.options.link
+        if link is None and self.link is not None and self.link.samples:
+            link = self.link.fit()
+        # Resumed in the very step of a decision nothing has been measured yet: then bytes have to do.
+        return sizes if link is None else link(sizes, messages=message_table(self.compressor, layers))
+
+    def _choose(self, step: int, statistics: Statistics) -> Tensor:
+        decision = self.policy.choose(statistics)
+        plan = torch.zeros(1 + len(self.slots), dtype=torch.float64)
+        plan[0] = self.number + 1
+        for layer, candidate in zip(statistics.layers, decision.choice):
+            plan[1 + layer.index] = layer.rates[candidate]
+        self._line = journal.line_of(self.number + 1, step + 1, statistics, decision)
+        return plan

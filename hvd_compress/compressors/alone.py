@@ -1,0 +1,61 @@
+"""What one rank's exchange loses of its gradient: the exchange is made once more, with nobody, and leaves no trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memory import ErrorFeedback
+from ..requests import Allgather, Alltoall, Exchange, Request
+from ..schedules import value_at
+from .base import Compressor, Slot, flat32
+
+
+def relative_error(compressor: Compressor, slot: Slot, gradient: Tensor) -> float:
+    """L2 norm of what would not be sent of gradient and residual, as a part of theirs; NaN if not all is finite.
+
+    As if this rank were the only one: random numbers are those of rank 0, scalers and choices of entries its own.
+    """
+    memory = ErrorFeedback()
+    memory.residuals = dict(slot.memory.residuals)
+    alone = dataclasses.replace(
+        slot, rank=0, size=1, memory=memory, cache=None, frame=None, out=None, divisor=1.0, divided=False, bound=None
+    )
+    total = _alone(compressor.exchange(alone, gradient))
+    if total is None:
+        return math.nan
+    memory.commit()
+    sent = total.view(-1)
+    lost = memory.residuals.get(slot.name) if compressor.stateful else flat32(gradient) - sent
+    if lost is None:
+        return 0.0
+    whole = float(torch.linalg.vector_norm(lost + sent, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(lost, dtype=torch.float64)) / whole if whole else 0.0
+
+
+def rate_of(compressor: Any, slot: Slot) -> float | None:
+    """At what rate this compressor exchanges a gradient now; None if it has no rates."""
+    if hasattr(compressor, "rate"):
+        return float(compressor.rate(slot))
+    density = getattr(compressor, "density", None)
+    return None if density is None else value_at(density, slot.step)
+
+
+def _alone(exchange: Exchange) -> Tensor | None:
+    answer: Any = None
+    try:
+        while True:
+            answer = _answer(exchange.send(answer))
+    except StopIteration as end:
+        total: Tensor | None = end.value
+        return total
+
+
+def _answer(request: Request) -> Any:
+    if isinstance(request, Allgather):
+        return [request.frame]
+    return list(request.frames) if isinstance(request, Alltoall) else request.tensor

@@ -1,0 +1,198 @@
+"""PowerSGD: low-rank gradients by power iteration (Vogels et al., NeurIPS 2019, arXiv 1905.13727).
+
+Both factors are plain sums over the ranks: traffic does not grow with their number, and needs no frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.random import RANDOM_BITS
+from ..memory import FACTOR, key
+from ..requests import Allreduce, Exchange
+from ..schedules import Rate, value_at
+from .base import Compressor, Slot, flat32, max_abs
+
+_MIN_RATIO = 2  # of dense bytes to sent ones: what saves less travels as it is
+_LARGEST = 2.0**125  # so that twice a norm is finite in float32
+_BLOCK = 1 << 16  # elements that stay in a processor's cache
+_DEPENDENT = 1e-6  # of a column's norm, left when the columns before it are taken out: float32 noise
+
+
+@dataclass(frozen=True)
+class PowerSGDCompressor(Compressor):
+    """Sends 4 * r * (rows + columns) bytes of a gradient, its first dimension by all others, and error feedback.
+
+    approximation_rank: r, at least 1, or a schedule of it; never more than the rows or columns. A tensor that this
+        would not halve travels as float32 as it is, as vectors do.
+
+    With M_i = residual + gradient of rank i: P = sum of M_i Q, made orthonormal; Q_i = M_i^T P; the total is P times
+    the sum of Q_i^T. That sum is the Q of the next step (warm start). The residual is M_i - P Q_i^T: summed over the
+    ranks this is the same as with the mean of all Q_i in place of the rank's own, as in the authors' first code; but it
+    is a projection, never larger than M_i. Gradients past about 4e37 / sqrt(numel) count as not finite.
+    """
+
+    approximation_rank: Rate = 4
+
+    algorithm = 8
+    stateful = True
+
+    def __post_init__(self) -> None:
+        _whole(value_at(self.approximation_rank, 0))
+
+    def rate(self, slot: Slot) -> float:
+        """The approximation rank of this step, before it is cut to the rows or columns."""
+        return value_at(self.approximation_rank if slot.rate is None else slot.rate, slot.step)
+
+    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+        rank = rank_of(gradient.shape, self.rate(slot))
+        accumulated = slot.memory.compensate(slot.name, flat32(gradient))
+        if not rank:
+            total: Tensor = yield Allreduce(accumulated)
+            if max_abs(total) == math.inf:
+                return None
+            slot.memory.propose(slot.name, torch.zeros_like(accumulated))
+            return total
+        matrix = accumulated.view(matrix_shape(gradient.shape))
+        left = matrix @ starting_factor(slot, matrix.shape[1], rank).to(matrix.device)
+        if not max_abs(accumulated) * math.sqrt(accumulated.numel()) < _LARGEST:
+            left.fill_(math.nan)  # so that every rank sees it in the sum, whatever this product has made of it
+        left = yield Allreduce(left)
+        if max_abs(left) == math.inf:
+            return None
+        left = orthonormalise(left)
+        right = (left.t() @ matrix).t().contiguous()
+        factor: Tensor = yield Allreduce(right)
+        if max_abs(factor) == math.inf:
+            return None
+        slot.memory.propose(slot.name, matrix.addmm_(left, right.t(), alpha=-1).view(-1))
+        slot.memory.propose(key(slot.name, FACTOR), factor)
+        return product(left, factor).view(-1)
+
+    def candidates(self, shape: torch.Size) -> tuple[float, ...]:
+        """The ranks that a controller may choose from for a gradient of `shape`: powers of two; none if none saves."""
+        powers = [1 << exponent for exponent in range(max(min(matrix_shape(shape)), 1).bit_length())]
+        return tuple(float(power) for power in powers if rank_of(shape, power))
+
+    def payload_bytes(self, shape: torch.Size, rate: float) -> int:
+        """What a rank sends of a gradient of `shape` at approximation rank `rate`, exactly."""
+        rank = rank_of(shape, rate)
+        return 4 * (rank * sum(matrix_shape(shape)) if rank else shape.numel())
+
+    def errors(self, gradient: Tensor, rates: Sequence[float]) -> list[float]:
+        """Frobenius norm of gradient - C(gradient) at each of these approximation ranks, of a warm start.
+
+        From one subspace of the largest of them, by one and a half power iterations from a fixed start. A gradient that
+        is not finite has infinite errors.
+        """
+        ranks = [rank_of(gradient.shape, rate) for rate in rates]
+        largest = max_abs(flat32(gradient))
+        if not any(ranks) or not 0 < largest < math.inf:
+            return [largest if largest == math.inf else 0.0] * len(ranks)
+        matrix = flat32(gradient).view(matrix_shape(gradient.shape)) / largest
+        rest, tails = _spectrum(matrix, max(ranks))
+        return [largest * math.sqrt(rest + tails[rank]) if rank else 0.0 for rank in ranks]
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """First dimension by all others; a vector is a column."""
+    rows = shape[0] if shape else 1
+    return rows, math.prod(shape[1:])
+
+
+def rank_of(shape: torch.Size, rate: float) -> int:
+    """The approximation rank of a gradient of `shape` where `rate` is asked for; 0 where it travels as it is."""
+    rows, columns = matrix_shape(shape)
+    rank = min(_whole(rate), rows, columns)
+    return rank if _MIN_RATIO * rank * (rows + columns) <= rows * columns else 0
+
+
+def starting_factor(slot: Slot, columns: int, rank: int) -> Tensor:
+    """Q, float32 [columns, rank], of columns no longer than 1: that of the last step, as far as it goes.
+
+    The other columns are random directions, the same on every rank; so are those that the last step has left at zero,
+    since its gradient had no such rank: otherwise they would stay at zero for ever.
+    """
+    kept = slot.memory.residuals.get(key(slot.name, FACTOR))
+    start = torch.zeros(rank, columns) if kept is None else kept.new_zeros(rank, columns)
+    if kept is not None and len(kept) == columns:
+        start[: kept.shape[1]] = kept.t()[:rank]
+    largest = start.abs().amax(1)
+    for column in torch.nonzero(largest == 0).view(-1).tolist():
+        start[column] = random_direction(columns, kernels.stream_key(slot.seed, slot.index, column))
+        largest[column] = 1
+    return (start / largest.unsqueeze(1) / math.sqrt(columns)).t()
+
+
+def random_direction(numel: int, key: int) -> Tensor:
+    """Uniform in (-1, 1), float64 [numel], on the CPU."""
+    half = 1 << (RANDOM_BITS - 1)
+    return (kernels.random_bits(numel, key).to(torch.float64) + (0.5 - half)) / half
+
+
+def orthonormalise(matrix: Tensor) -> Tensor:
+    """The columns of float32 [n, r], r <= n, by Gram-Schmidt; a column that depends on those before it becomes zero.
+
+    Every rank does this for itself: all steps are elementwise operations and running sums in float64, whose bits do not
+    depend on the processor or its number of threads, as those of a matrix product do.
+    """
+    basis = torch.zeros(matrix.shape[::-1], dtype=torch.float64, device=matrix.device)
+    for number, column in enumerate(matrix.t().to(torch.float64)):
+        basis[number] = _direction(column, basis[:number])
+    return basis.to(torch.float32).t()
+
+
+def _direction(column: Tensor, basis: Tensor) -> Tensor:
+    """What `column`, [n], has beside the rows of `basis`, orthonormal [r, n], with norm 1; zeros if that is nothing."""
+    largest = float(column.abs().max())
+    if largest == 0:
+        return torch.zeros_like(column)
+    rest = column / largest  # its square must not underflow
+    before = float(_sum(rest * rest, 0))
+    for _ in range(2 if len(basis) else 0):  # once leaves rounding errors of the size of what was taken out
+        rest = rest - _sum(basis * _sum(basis * rest, 1).unsqueeze(1), 0)
+    after = float(_sum(rest * rest, 0))
+    return rest / math.sqrt(after) if after > before * _DEPENDENT**2 else torch.zeros_like(column)
+
+
+def _sum(values: Tensor, dimension: int) -> Tensor:
+    """Added up one by one: `torch.sum` goes by the vector registers of the processor."""
+    return values.cumsum(dimension).select(dimension, -1)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right.t(), float32 [rows, columns], with the same bits on every rank, as `orthonormalise` has."""
+    rows, columns = len(left), len(right)
+    step = max(_BLOCK // columns, 1) if left.device.type == "cpu" else rows
+    lines = right.t().contiguous()
+    result = left.new_empty(rows, columns)
+    for start in range(0, rows, step):
+        block, factors = result[start : start + step], left[start : start + step]
+        torch.mul(factors[:, :1], lines[0], out=block)
+        for number in range(1, len(lines)):
+            block += factors[:, number : number + 1] * lines[number]
+    return result
+
+
+def _spectrum(matrix: Tensor, rank: int) -> tuple[float, list[float]]:
+    """Of float32 [rows, columns] and a subspace of `rank` that it nearly spans: the squared norm of what is outside,
+    and of what is inside but for its r largest singular values, for r from 0 to `rank`."""
+    right = torch.stack([random_direction(matrix.shape[1], kernels.stream_key(number)) for number in range(rank)], 1)
+    left = orthonormalise(matrix @ right.to(matrix.device, torch.float32))
+    left = orthonormalise(matrix @ orthonormalise((left.t() @ matrix).t()))
+    inside = left.t() @ matrix
+    outside = torch.linalg.vector_norm(torch.addmm(matrix, left, inside, alpha=-1), dtype=torch.float64)
+    squares = (torch.linalg.svdvals(inside.to(torch.float64)) ** 2).tolist()
+    return float(outside) ** 2, [math.fsum(squares[number:]) for number in range(rank + 1)]
+
+
+def _whole(rate: float) -> int:
+    if not rate >= 1 or rate != int(rate):
+        raise ValueError(f"approximation_rank must be a whole number, at least 1: {rate}")
+    return int(rate)

@@ -1,0 +1,95 @@
+"""ScaleCom: one rank in turn picks the entries for all (Chen et al., NeurIPS 2020, arXiv 2104.11125).
+
+What a rank sends and receives does not grow with the number of ranks, since all of them send the same entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..requests import Allreduce, Broadcast, Exchange
+from ..schedules import Rate, density_at, entries_of
+from .base import Compressor, Slot, flat32, max_abs
+
+
+@dataclass(frozen=True)
+class ScaleComCompressor(Compressor):
+    """CLT-k: the leader, rank step mod size, picks the largest |residual + gradient| of its own, and all ranks send
+    theirs at those positions. Four bytes an entry, and four more from the leader. Small tensors travel as they are.
+
+    density: fraction that is sent, in (0, 1], or a schedule of it.
+    beta: of the low-pass filter residual <- residual + beta * (gradient - sent), in (0, 1]. 1 is plain error feedback.
+        Less is *not lossless*: of a gradient that was not sent, only beta of it is kept, and of a residual that was
+        sent, 1 - beta of it stays. It is meant for large batches and learning rates; section 3 of the paper.
+    chunk: the leader picks the largest of each chunk of so many elements, which takes no sort; `density` is not used.
+    """
+
+    density: Rate = 0.001
+    beta: float = 1.0
+    chunk: int | None = None
+
+    algorithm = 9
+    stateful = True
+
+    def __post_init__(self) -> None:
+        density_at(self.density, 0)
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must be in (0, 1]: {self.beta}")
+        if self.chunk is not None and not (isinstance(self.chunk, int) and self.chunk >= 1):
+            raise ValueError(f"chunk must be a whole number of elements, or None for no chunks: {self.chunk!r}")
+
+    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+        accumulated = slot.memory.compensate(slot.name, flat32(gradient))
+        numel = accumulated.numel()
+        k = self.entries(slot, numel)
+        if saves(numel, k):
+            finite = max_abs(accumulated) < math.inf
+            leader = slot.step % slot.size
+            picks = self.pick(accumulated, k) if slot.rank == leader and finite else torch.arange(k)
+            positions: Tensor = yield Broadcast(picks.to(accumulated.device, _index_type(numel)), leader)
+            positions = positions.to(torch.int64)
+            # A flag rides along, since what is not finite need not be at these positions.
+            flag = accumulated.new_tensor([0.0 if finite else math.nan])
+            summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]))
+            total = torch.zeros_like(accumulated).index_copy_(0, positions, summed[:-1])
+            accumulated[positions] = 0
+        else:
+            summed = total = yield Allreduce(accumulated)
+            accumulated = torch.zeros_like(accumulated)
+        if max_abs(summed) == math.inf:
+            return None
+        slot.memory.propose(slot.name, self._filtered(slot, accumulated))
+        return total
+
+    def entries(self, slot: Slot, numel: int) -> int:
+        """How many entries are sent: the same on every rank."""
+        if self.chunk is not None:
+            return -(-numel // self.chunk)
+        return entries_of(density_at(self.density if slot.rate is None else slot.rate, slot.step), numel)
+
+    def pick(self, accumulated: Tensor, k: int) -> Tensor:
+        """Ascending positions, int64 [k], that the leader chooses in float32 [numel], finite."""
+        if self.chunk is None:
+            return kernels.largest_positions(accumulated, k)
+        magnitudes = torch.nn.functional.pad(accumulated.abs(), (0, k * self.chunk - accumulated.numel()), value=-1.0)
+        return magnitudes.view(k, self.chunk).argmax(1) + torch.arange(k, device=accumulated.device) * self.chunk
+
+    def _filtered(self, slot: Slot, unsent: Tensor) -> Tensor:
+        if self.beta == 1:
+            return unsent
+        residual = slot.memory.residuals.get(slot.name)
+        return self.beta * unsent if residual is None else torch.lerp(residual.to(unsent.device), unsent, self.beta)
+
+
+def saves(numel: int, entries: int) -> bool:
+    """Whether positions and values of so many entries are fewer bytes than all values are."""
+    return _index_type(numel).itemsize * entries + 4 * (entries + 1) < 4 * numel
+
+
+def _index_type(numel: int) -> torch.dtype:
+    return torch.int32 if numel <= 1 << 31 else torch.int64
