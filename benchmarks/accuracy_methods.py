@@ -1,0 +1,165 @@
+"""What the accuracy benchmark trains: tasks, and every method with the hyper-parameters that it requires."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvd_compress import Compression, GradientCompression
+from hvd_compress.training import ACDC, Schedule, prune_activation_gradients
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # after benchmarks, which has a report, too
+import digits
+import stdlib_text
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its data; the hyper-parameters are the same for all methods. Score: `better` is +1 or -1."""
+
+    load: Callable[[], Any]
+    model: Callable[[], nn.Module]
+    score: Callable[[nn.Module, Any], float]
+    metric: str
+    better: int
+    epochs: int
+    global_batch: int  # whatever the number of ranks, so that all take as many steps
+    lr: float
+    clip: float | None  # limit of the norm of the combined gradient
+    places: dict[str, str]  # where activation gradients are pruned
+    dgc_clip: float | None  # in place of `clip`: local, of each tensor, before the momentum
+
+
+TASKS = {
+    "digits": Task(
+        digits.load,
+        digits.make_model,
+        digits.accuracy,
+        "test accuracy, %",
+        better=1,
+        epochs=20,
+        global_batch=64,
+        lr=0.05,
+        clip=None,
+        places={"2": "input", "6": "input", "8": "input"},
+        dgc_clip=None,
+    ),
+    "char_lm": Task(
+        lambda: stdlib_text.load(300_000, 50_000),
+        stdlib_text.CharLM,
+        stdlib_text.nats_per_character,
+        "validation, nats/char",
+        better=-1,
+        epochs=1,
+        global_batch=16,
+        lr=2.0,
+        clip=0.5,
+        places={"output": "input"},  # the gradient that enters the LSTM
+        dgc_clip=0.2,  # 0.5 / sqrt(7): of seven tensors, to 0.5 together
+    ),
+}
+
+
+@dataclass
+class Setting:
+    """One training: what a method needs to know of it, and what it adds to it."""
+
+    task: Task
+    seed: int
+    steps: int
+    acdc: ACDC | None = None
+    named: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+
+    @property
+    def interval(self) -> int:
+        """Steps between the decisions of adaptive methods."""
+        return max(self.steps // 6, 12)
+
+
+Make = Callable[[Setting], GradientCompression]
+
+_ADAPTIVE_WINDOW = 10
+# Percent of the steps. The published schedules are of 100 epochs and more; their phases, of a twentieth and less of so
+# short a training, leave the sparse model no time to recover.
+_PHASES = Schedule((20, 20, 30, 30))
+
+
+def _dgc(setting: Setting) -> GradientCompression:
+    # Warm-up at each of 1/4, 1/16, 1/64, 1/256 for a twentieth of the training: an epoch of the digits.
+    warmup, clip = setting.steps // 20, setting.task.dgc_clip
+    return Compression.dgc(setting.named, density=0.001, momentum=0.9, warmup=warmup, clip=clip)
+
+
+def _lgreco(setting: Setting) -> GradientCompression:
+    base = Compression.topk(setting.named, density=0.01)
+    return Compression.lgreco(base, interval=setting.interval, window=_ADAPTIVE_WINDOW)
+
+
+def _accordion(setting: Setting) -> GradientCompression:
+    base = Compression.powersgd(setting.named, approximation_rank=4)
+    return Compression.accordion(base, 4, 1, interval=setting.interval, window=_ADAPTIVE_WINDOW)
+
+
+METHODS: dict[str, Make] = {
+    "none": lambda s: Compression.none(s.named),
+    "fp16": lambda s: Compression.fp16(s.named),
+    "bf16": lambda s: Compression.bf16(s.named),
+    "terngrad": lambda s: Compression.terngrad(s.named, seed=s.seed),
+    "qsgd": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
+    "adacomp": lambda s: Compression.adacomp(s.named),
+    "topk": lambda s: Compression.topk(s.named, density=0.01),
+    "powersgd": lambda s: Compression.powersgd(s.named, approximation_rank=4, seed=s.seed),
+    "scalecom": lambda s: Compression.scalecom(s.named, density=0.01),
+    "dgc": _dgc,
+    "stochastic_pruning": lambda s: Compression.stochastic_pruning(s.named, rate=0.9, seed=s.seed),
+    "lgreco": _lgreco,
+    "accordion": _accordion,
+    "acdc": lambda s: Compression.masked(lambda: s.acdc, s.named),
+    "activation_pruning": lambda s: Compression.none(s.named),
+}
+
+
+def optimizer_of(method: str, setting: Setting) -> torch.optim.Optimizer:
+    """Momentum SGD; DGC has its momentum, and its clipping, in the compressor."""
+    momentum = 0.0 if method == "dgc" else 0.9
+    return torch.optim.SGD([p for _, p in setting.named], setting.task.lr, momentum=momentum)
+
+
+def clip_of(method: str, task: Task) -> float | None:
+    return None if method == "dgc" else task.clip
+
+
+@contextmanager
+def technique(
+    method: str, setting: Setting, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int
+) -> Iterator[None]:
+    """What a method changes in training beside the exchange; `optimizer` is the one whose step() is called."""
+    pruning = None
+    if method == "acdc":
+        setting.acdc = ACDC(model, optimizer, schedule=_PHASES.scaled(setting.steps / 100), sparsity=0.9)
+    if method == "activation_pruning":
+        seed = 1000 * setting.seed + rank
+        pruning = prune_activation_gradients(model, 0.9, modules=setting.task.places, seed=seed)
+    try:
+        yield
+    finally:
+        if pruning:
+            pruning.remove()
+        if setting.acdc:
+            setting.acdc.remove()
+
+
+def scores(setting: Setting, model: nn.Module, test: Any) -> dict[str, float]:
+    """The metric, and with AC/DC that of its dense twin."""
+    found = {"metric": setting.task.score(model.eval(), test)}
+    if setting.acdc:
+        model.load_state_dict(setting.acdc.dense_state_dict())
+        found["dense_twin_metric"] = setting.task.score(model, test)
+    return found

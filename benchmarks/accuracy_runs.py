@@ -1,0 +1,172 @@
+"""Trains one method with one seed: on the ranks of a job under Horovod, or on simulated ranks that share a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy_methods import METHODS, TASKS, Setting, clip_of, optimizer_of, scores, technique
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+
+from common import Shard, check_equal, fingerprint  # of the examples, whose directory accuracy_methods has added
+from hvd_compress.compressors import Compressor, MaskedCompressor
+from hvd_compress.local import LocalRanks
+from hvd_compress.requests import Allgather
+
+Combination = tuple[str, str, int]  # task, method, seed
+
+
+class _Training:
+    """What both kinds of ranks have in common."""
+
+    def __init__(self, combination: Combination, ranks: Sequence[int], size: int) -> None:
+        task, self.method, seed = combination
+        self.key = {"task": task, "method": self.method, "ranks": size, "seed": seed}
+        self.task = TASKS[task]
+        torch.manual_seed(seed)
+        train, self.test = self.task.load()
+        batch_size = max(self.task.global_batch // size, 1)
+        self.shards = [Shard(train, rank, size, seed=seed, batch_size=batch_size) for rank in ranks]
+        self.model = self.task.model()
+        self.setting = Setting(self.task, seed, self.shards[0].steps(self.task.epochs))
+        self.setting.named = list(self.model.named_parameters())
+        self.clip = clip_of(self.method, self.task)
+
+    def begin(self, step: int) -> None:
+        if self.setting.acdc:
+            self.setting.acdc.begin(step)
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.task.lr, self.setting.steps, cycle_momentum=False)
+
+    def clip_gradients(self) -> None:
+        if self.clip:
+            clip_grad_norm_(self.model.parameters(), self.clip)
+
+    def row(self, sent_bytes: float, seconds: float) -> dict[str, Any]:
+        found = scores(self.setting, self.model, self.test)
+        return (
+            self.key
+            | found
+            | {
+                "metric_name": self.task.metric,
+                "bytes_per_rank_per_step": sent_bytes / self.setting.steps,
+                "steps": self.setting.steps,
+                "seconds": seconds,
+            }
+        )
+
+
+def sent_bytes_of(compression: Any) -> int:
+    """By this rank in all steps, what an adaptive method decides with included."""
+    return compression.telemetry.total.sent_bytes + (compression.controller.sent_bytes if compression.controller else 0)
+
+
+def train_in_job(combination: Combination) -> dict[str, Any]:
+    """To be called on every rank, all with the same combination."""
+    import horovod.torch as hvd
+
+    training, start = _Training(combination, [hvd.rank()], hvd.size()), time.perf_counter()
+    compression = METHODS[training.method](training.setting)
+    optimizer = hvd.DistributedOptimizer(
+        optimizer_of(training.method, training.setting), training.setting.named, compression=compression
+    )
+    hvd.broadcast_parameters(training.model.state_dict(), root_rank=0)
+    schedule = training.schedule(optimizer)
+    with technique(training.method, training.setting, training.model, optimizer, hvd.rank()):
+        for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.task.epochs)):
+            training.begin(step)
+            optimizer.zero_grad()
+            cross_entropy(training.model(inputs), wanted).backward()
+            optimizer.synchronize()
+            training.clip_gradients()
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            schedule.step()
+        check_equal(hvd.allgather_object(fingerprint(training.model)))
+        sent = hvd.allgather_object(sent_bytes_of(compression))
+        return training.row(sum(sent) / len(sent), time.perf_counter() - start)
+
+
+def train_simulated(combination: Combination, size: int) -> dict[str, Any]:
+    """Ranks share a model, since their replicas would be equal, and take turns at its gradients."""
+    training, start = _Training(combination, range(size), size), time.perf_counter()
+    model, method, setting = training.model, training.method, training.setting
+    optimizer = optimizer_of(method, setting)
+    schedule = training.schedule(optimizer)
+    with technique(method, setting, model, optimizer, rank=0):
+        compressions = [METHODS[method](setting) for _ in range(size)]
+        for compression in compressions[1:]:
+            _leave_unread(compression)
+        ranks = LocalRanks(compressions)
+        for step, batches in enumerate(zip(*(shard.batches(training.task.epochs) for shard in training.shards))):
+            training.begin(step)
+            combined = ranks.exchange([_gradients(model, *batch) for batch in batches])[0]
+            for name, parameter in model.named_parameters():
+                parameter.grad = combined[name]
+            training.clip_gradients()
+            optimizer.step()
+            schedule.step()
+        sent = [sent_bytes_of(compression) for compression in compressions]
+        return training.row(sum(sent) / size, time.perf_counter() - start)
+
+
+def _gradients(model: nn.Module, inputs: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    cross_entropy(model(inputs), wanted).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def _leave_unread(compression: Any) -> None:
+    """Let a simulated rank send all it has to, but not decode what it gathers: rank 0 does, to the same bits.
+
+    Else the work would grow with the square of the ranks.
+    """
+    if isinstance(compression.compressor, MaskedCompressor):
+        return  # it gathers hashes alone, which have to be looked at
+    usual = compression._compressor_of
+    compression._compressor_of = lambda index, gradient: _Unread(usual(index, gradient))
+
+
+class _Unread(Compressor):
+    def __init__(self, usual: Compressor) -> None:
+        self._usual = usual
+
+    def exchange(self, slot: Any, gradient: Tensor) -> Any:
+        exchange = self._usual.exchange(slot, gradient)
+        try:
+            request = next(exchange)
+            while not isinstance(request, Allgather):
+                request = exchange.send((yield request))
+            yield request
+        except StopIteration as end:
+            return end.value
+        return torch.zeros(gradient.numel())
+
+
+def main() -> None:
+    """A job's ranks: train the combinations of the file, and append rows as lines of JSON to the other file."""
+    import horovod.torch as hvd
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("combinations", type=Path)
+    parser.add_argument("rows", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    hvd.init()
+    for combination in json.loads(options.combinations.read_text()):
+        row = train_in_job(tuple(combination))
+        if hvd.rank() == 0:
+            with options.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Starts the benchmarks' jobs of several ranks, ends them whatever happens, and brings back their rows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from report import read_rows
+
+Launcher = Callable[[Sequence[str], Mapping[str, str]], list[str]]
+"""Makes, of a program and the variables that its ranks need, the command that starts it."""
+
+# Of every rank. Horovod's settings are its defaults but for the cache, which has to hold the names of all methods.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HOROVOD_CACHE_CAPACITY": "8192",
+    "OMPI_MCA_mpi_yield_when_idle": "1",  # a rank that waits leaves its core to the others
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+}
+
+
+def prepare() -> None:
+    """Find this Python's mpirun first, let root use it, and leave nothing behind when this process is ended."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if os.geteuid() == 0:
+        os.environ.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def rows_of(program: Sequence[str], launcher: Launcher) -> list[dict[str, Any]]:
+    """What the ranks of a job have measured: `program` gets --out FILE, where rank 0 writes it.
+
+    Raises RuntimeError if the job fails.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory, "rows.json")
+        _run(launcher([sys.executable, *program, "--out", str(out)], ENVIRONMENT))
+        return read_rows(out)
+
+
+def _run(command: Sequence[str]) -> None:
+    process = subprocess.Popen(
+        command, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        if code := process.wait():
+            raise RuntimeError(f"the job failed with exit code {code}: see above")
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+                    process.wait(5)
+
+
+def on_this_machine(count: int, *options: str) -> Launcher:
+    """`count` ranks here, more than cores if need be."""
+    mapping = ["--bind-to", "none", "--map-by", ":oversubscribe"]
+    return lambda program, environment: ["mpirun", *mapping, *options, "-np", str(count), *program]

@@ -1,0 +1,151 @@
+"""What is trained in the network benchmark, and how its gradients travel: the methods that are compared."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hvd_compress import Compression, GradientCompression
+
+_VOCABULARY, _WIDTH, _LAYERS, _LENGTH = 6000, 512, 6, 64
+
+Batch = tuple[Tensor, Tensor]
+
+
+def mlp() -> nn.Module:
+    """10.0 M parameters and little compute: ten layers of 1000 x 1000, and a head of ten classes."""
+    layers: list[nn.Module] = []
+    for _ in range(10):
+        layers += [nn.Linear(1000, 1000), nn.ReLU()]
+        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # type: ignore[arg-type]
+    return nn.Sequential(*layers, nn.Linear(1000, 10))
+
+
+class Transformer(nn.Module):
+    """25.1 M parameters: a causal language model of six layers, 512 wide, that knows 6000 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_VOCABULARY, _WIDTH)
+        self.positions = nn.Parameter(torch.randn(_LENGTH, _WIDTH) * 0.02)
+        layer = nn.TransformerEncoderLayer(_WIDTH, 8, 4 * _WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+        self.head = nn.Linear(_WIDTH, _VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits, [batch, tokens, length], of what follows each of `tokens`, [batch, length]."""
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        hidden = self.layers(self.embedding(tokens) + self.positions, mask=mask, is_causal=True)
+        return self.head(hidden).transpose(1, 2)
+
+
+def mlp_batch(generator: torch.Generator) -> Batch:
+    inputs = torch.randn(32, 1000, generator=generator)
+    return inputs, inputs[:, :10].argmax(1)
+
+
+def transformer_batch(generator: torch.Generator) -> Batch:
+    tokens = torch.randint(_VOCABULARY, (4, _LENGTH + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Batch]]] = {
+    "10M": (mlp, mlp_batch),
+    "25M": (Transformer, transformer_batch),
+}
+
+PEERS = (
+    *("bound", "horovod-none", "horovod-fp16"),
+    *("ddp-none", "ddp-fp16", "ddp-powersgd1", "ddp-powersgd4"),
+)
+
+
+class Trained:
+    """A model, and an optimizer that combines gradients by one method."""
+
+    def __init__(self, method: str, make: Callable[[], nn.Module]) -> None:
+        torch.manual_seed(0)
+        self.method = method
+        self.plain = make()
+        self.model, self.optimizer = self.plain, torch.optim.SGD(self.plain.parameters(), lr=1e-3, momentum=0.9)
+        self.compression: GradientCompression | None = None
+        family, _, variant = method.partition("-")
+        if family == "ddp":
+            self.model = _distributed(self.plain, variant)
+        elif method != "bound":
+            # Horovod remembers tensors by name: those of several optimizers in one process must not share any.
+            named = [(f"{method}.{name}", parameter) for name, parameter in self.plain.named_parameters()]
+            self._use_horovod(named, None if family != "horovod" else variant)
+
+    def _use_horovod(self, named: list[tuple[str, nn.Parameter]], horovods: str | None) -> None:
+        import horovod.torch as hvd
+
+        compression = self.compression = ours(self.method)(named) if horovods is None else None
+        if horovods is not None:
+            compression = getattr(hvd.Compression, horovods)
+        self.optimizer = hvd.DistributedOptimizer(self.optimizer, named, compression=compression)
+
+    def step(self, batch: Batch) -> float:
+        inputs, wanted = batch
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.model(inputs), wanted)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+def ours(method: str) -> Callable[[Any], GradientCompression]:
+    """NAME, or NAME:OPTION=VALUE:..., of a method of Compression; or lgreco-bytes and lgreco-time, over PowerSGD.
+
+    Raises ValueError for what is none.
+    """
+    name, *options = method.split(":")
+    if name in ("lgreco-bytes", "lgreco-time"):
+        return functools.partial(_lgreco, name.removeprefix("lgreco-"))
+    if name.startswith("_") or not hasattr(Compression, name):
+        known = [*PEERS, *(n for n in vars(Compression) if not n.startswith("_")), "lgreco-bytes", "lgreco-time"]
+        raise ValueError(f"no such method: {method} (choose from {', '.join(known)})")
+    values = {option: ast.literal_eval(value) for option, _, value in (part.partition("=") for part in options)}
+    return lambda named: getattr(Compression, name)(named, **values)
+
+
+def _lgreco(objective: str, named: Any) -> GradientCompression:
+    """Decides once, before anything is measured."""
+    base = Compression.powersgd(named, approximation_rank=4)
+    return Compression.lgreco(base, objective=objective, interval=1 << 30, warmup_steps=4, window=2)
+
+
+WARM_UP_STEPS = (
+    6  # DDP makes its buckets anew after the first, PowerSGD starts at the third, L-GreCo decides at the fifth
+)
+
+
+def _distributed(model: nn.Module, variant: str) -> nn.Module:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+
+    if variant.startswith("powersgd"):
+        # One bucket: with several, this hook crashes on Gloo.
+        wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=4096)
+        state = powersgd.PowerSGDState(
+            None, matrix_approximation_rank=int(variant.removeprefix("powersgd")), start_powerSGD_iter=2
+        )
+        wrapped.register_comm_hook(state, powersgd.powerSGD_hook)
+        return wrapped
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    if variant == "fp16":
+        wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    return wrapped
+
+
+def check(methods: list[str]) -> None:
+    """Raise ValueError unless all are methods."""
+    for method in methods:
+        if method not in PEERS:
+            ours(method)
