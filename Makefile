@@ -8,10 +8,11 @@ export MPI TORCH PYTHON
 run := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean distclean
+.PHONY: help setup demo test check check-native wheel format clean distclean
+.PHONY: bench-codec bench-network bench-overhead bench-adaptive bench-accuracy bench-solver
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
 	@echo 'Variables: RANKS=2 (demo), ARGS="-k wire" (test), MPI=pip|system, TORCH=torch==2.13.0, PYTHON=python3 (setup)'
 
@@ -31,6 +32,32 @@ check: setup ## formatting, lint and types; changes nothing
 	$(run)/shellcheck scripts/* .ci/run
 	$(run)/yamllint --strict -d '{extends: default, rules: {line-length: {max: 110}, document-start: disable}}' docker
 	$(run)/hadolint docker/Dockerfile
+
+check-native: setup ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@scripts/check_native
+
+wheel: setup ## one wheel for every Python 3 on this kind of machine, in dist/
+	rm -rf build/lib* build/bdist.*
+	$(run)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# The benchmarks take their options from the environment: OUT=rows.json and those that docs/benchmarks.md names.
+bench-codec: setup ## time the kernels against the memory and against torch operations
+	@OMP_NUM_THREADS=1 $(run)/python benchmarks/codec.py
+
+bench-network: setup ## time training on hosts with a slow network, emulated in namespaces (needs root)
+	@$(run)/python benchmarks/network.py
+
+bench-overhead: setup ## where a step's time goes, and what memory compression takes
+	@$(run)/python benchmarks/overhead.py
+
+bench-solver: setup ## time the solver of rates against numpy
+	@OMP_NUM_THREADS=1 $(run)/python benchmarks/solver.py
+
+bench-adaptive: setup ## uniform rates against L-GreCo and Accordion
+	@OMP_NUM_THREADS=1 $(run)/python benchmarks/adaptive.py
+
+bench-accuracy: setup ## what every method costs in accuracy, over seeds (an hour and more)
+	@$(run)/python benchmarks/accuracy.py
 
 format: setup ## rewrite the Python files as `make check` wants them
 	$(run)/ruff format .

@@ -35,7 +35,8 @@ class _Training:
         batch_size = max(self.task.global_batch // size, 1)
         self.shards = [Shard(train, rank, size, seed=seed, batch_size=batch_size) for rank in ranks]
         self.model = self.task.model()
-        self.setting = Setting(self.task, seed, self.shards[0].steps(self.task.epochs))
+        self.epochs = self.task.epochs_of(size)
+        self.setting = Setting(self.task, seed, self.shards[0].steps(self.epochs))
         self.setting.named = list(self.model.named_parameters())
         self.clip = clip_of(self.method, self.task)
 
@@ -81,7 +82,7 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
     hvd.broadcast_parameters(training.model.state_dict(), root_rank=0)
     schedule = training.schedule(optimizer)
     with technique(training.method, training.setting, training.model, optimizer, hvd.rank()):
-        for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.task.epochs)):
+        for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.epochs)):
             training.begin(step)
             optimizer.zero_grad()
             cross_entropy(training.model(inputs), wanted).backward()
@@ -106,7 +107,7 @@ def train_simulated(combination: Combination, size: int) -> dict[str, Any]:
         for compression in compressions[1:]:
             _leave_unread(compression)
         ranks = LocalRanks(compressions)
-        for step, batches in enumerate(zip(*(shard.batches(training.task.epochs) for shard in training.shards))):
+        for step, batches in enumerate(zip(*(shard.batches(training.epochs) for shard in training.shards))):
             training.begin(step)
             combined = ranks.exchange([_gradients(model, *batch) for batch in batches])[0]
             for name, parameter in model.named_parameters():

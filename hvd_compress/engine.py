@@ -78,6 +78,7 @@ class Bucket:
             self._pending.append(_Posted(kind, tickets, pending, sum(sizes), now))
         self._round += 1
         if not self._pending:
+            self.tickets.clear()  # they hold gradients, and this bucket: the garbage collector would come late
             self.finished.set()
 
     def advance(self, *, block: bool) -> None:
