@@ -1,12 +1,12 @@
 """Time the solver of rates: the C++ kernel against vectorised numpy, alternating in one run.
 
-Prints the machine, the sizes, the medians and their ratio to that of numpy; --out appends JSON rows.
+Prints the machine, the sizes, the medians and their ratio to that of numpy; --out writes them as a JSON list.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import platform
 import statistics
 import time
@@ -18,6 +18,7 @@ import numpy as np
 
 from hvd_compress import kernels
 from hvd_compress.kernels import native, solver
+from report import write_rows
 
 Solver = Callable[[np.ndarray, np.ndarray, int], Optional[np.ndarray]]
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=30)
     parser.add_argument("--levels", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="append one JSON row per implementation to this file")
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None, help="file for the rows, as JSON")
     options = parser.parse_args()
     compiled = {f"C++ {level}": at_level(level) for level in native.LEVELS}
     solvers = {"numpy": solver.solve_units} | {name: solve for name, solve in compiled.items() if solve}
@@ -97,8 +98,7 @@ def main() -> None:
         ratio = row["median_seconds"] / rows[0]["median_seconds"]
         print(f"{row['implementation']:10} median {row['median_seconds'] * 1e3:7.1f} ms, {ratio:.2f} of numpy")
     if options.out:
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_rows(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from hvd_compress import Compression
 
-METHODS = [name for name in vars(Compression) if not name.startswith("_")]
+# Those that change one argument of a script: the others need masks, another compression, or another optimizer.
+_OTHERS = ("masked", "lgreco", "accordion", "dgc")
+METHODS = [name for name in vars(Compression) if not name.startswith("_") and name not in _OTHERS]
 
 
 def parse_options(description: str, *, methods: str, epochs: int) -> argparse.Namespace:
