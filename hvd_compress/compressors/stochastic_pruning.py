@@ -22,7 +22,7 @@ from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, gath
 
 _NORMAL = statistics.NormalDist()
 _FURTHEST = 8.0  # that the calibration goes from the threshold of a normal distribution
-_DAMPING = 0.1  # so that it settles for uniform elements, too, of which hardly any are far above the mean
+_DAMPING = 0.15  # so that it settles for uniform elements, too, of which hardly any are far above the mean
 
 
 @dataclass(frozen=True)
