@@ -113,11 +113,15 @@ def test_hosts_reach_each_other_at_the_rate_that_was_set_and_vanish_with_an_erro
     monkeypatch.syspath_prepend(BENCHMARKS)
     from network_hosts import Hosts
 
-    with pytest.raises(KeyboardInterrupt), Hosts(count) as hosts:  # noqa: PT012  # what comes before it is the point
-        assert len(namespaces(os.getpid())) == count + (count > 2)  # and a switch
-        hosts.limit("20mbit")
-        assert 10 < hosts.throughput(0.5) <= 40  # of which the buckets of the links let some pass at once
-        raise KeyboardInterrupt
+    def fail() -> None:
+        with Hosts(count) as hosts:
+            assert len(namespaces(os.getpid())) == count + (count > 2)  # and a switch
+            hosts.limit("20mbit")
+            assert 10 < hosts.throughput(0.5) <= 40  # of which the buckets of the links let some pass at once
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert namespaces(os.getpid()) == []
 
 
