@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def train_here(ranks: int, combinations: Sequence[Combination], report: Report) 
 def main() -> None:
     if len(sys.argv) > 1:
         sys.exit(__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end the job under way, too
     torch.set_num_threads(1)
     tasks, methods = chosen("TASKS", list(TASKS)), chosen("METHODS", list(METHODS))
     sizes, seeds = chosen("RANKS", RANKS, open_ended=True), chosen("SEEDS", SEEDS, open_ended=True)

@@ -15,12 +15,12 @@ import pytest
 
 from .launch import ROOT, patience, start
 
-pytestmark = pytest.mark.skipif(
-    "HVD_COMPRESS_TEST_BENCHMARKS" not in os.environ, reason="minutes of jobs: HVD_COMPRESS_TEST_BENCHMARKS=1 runs them"
-)
 BENCHMARKS = ROOT / "benchmarks"
 SECONDS = 120.0
 
+takes_minutes = pytest.mark.skipif(
+    "HVD_COMPRESS_TEST_BENCHMARKS" not in os.environ, reason="minutes of jobs: HVD_COMPRESS_TEST_BENCHMARKS=1 runs them"
+)
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod")
 
 
@@ -60,6 +60,7 @@ FIELDS = {
 }
 
 
+@takes_minutes
 @needs_horovod
 def test_the_network_benchmark_runs_on_loopback_and_says_so(tmp_path):
     rows, output = rows_of(
@@ -75,6 +76,7 @@ def test_the_network_benchmark_runs_on_loopback_and_says_so(tmp_path):
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
+@takes_minutes
 @needs_horovod
 @needs_hosts
 def test_the_network_benchmark_runs_on_emulated_hosts(tmp_path):
@@ -145,6 +147,7 @@ def test_what_the_network_benchmark_does_not_know_is_an_error(variable, value):
     assert value.split(",")[-1] in ended.output
 
 
+@takes_minutes
 @needs_horovod
 def test_the_overhead_benchmark_tells_where_time_and_memory_go(tmp_path):
     rows, output = rows_of("overhead.py", tmp_path / "rows.json", METHODS="topk", STEPS="3")

@@ -122,4 +122,4 @@ def test_an_unbound_compression_trains_as_a_bound_one(job: Job, kind: str) -> No
             optimizer.step()
         trained.append(copy(dict(mine.named_parameters())))
         assert_replicated(job, trained[-1])
-    assert_close(*trained)
+    assert_close(*trained, 1e-2 if kind == "fp16" else 1e-5)  # float16 sums depend on their order
