@@ -43,7 +43,7 @@ class ErrorFeedback:
     def residual(self, name: str, device: torch.device) -> Tensor | None:
         """What was not sent of this parameter so far; None for nothing. To be read only."""
         residual = self.residuals.get(name)
-        return None if residual is None else residual.to(device)
+        return residual if residual is None or residual.device == device else residual.to(device)
 
     def room(self, name: str, gradient: Tensor) -> Tensor:
         """Memory for the next residual of this parameter, float32 [numel], uninitialized."""

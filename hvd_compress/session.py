@@ -165,11 +165,15 @@ class Session:
             self._finite = False
             return torch.full(like.shape, math.nan, dtype=like.dtype, device=like.device)
         slot = self.slots[ticket.index]
+        slot.out = None  # else the gradient's memory would stay in use until the next step
         divisor = float(self.size if average else 1)
         if (divided := slot.divisor if slot.divided else 1.0) != divisor:
             total = total * (divided / divisor) if divided != 1 else total / divisor
         self._wanted_divisor = divisor
-        total = total.to(like.dtype) if like.is_sparse else total.view(like.shape).to(like.dtype)
+        if not like.is_sparse:
+            total = total.view(like.shape)
+        if total.dtype != like.dtype:
+            total = total.to(like.dtype)
         if slot.bound is None or total.dtype != torch.float32:
             self._watch(total)
         else:

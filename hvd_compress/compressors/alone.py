@@ -23,7 +23,17 @@ def relative_error(compressor: Compressor, slot: Slot, gradient: Tensor) -> floa
     memory = ErrorFeedback()
     memory.residuals = dict(slot.memory.residuals)
     alone = dataclasses.replace(
-        slot, rank=0, size=1, memory=memory, cache=None, frame=None, out=None, divisor=1.0, divided=False, bound=None
+        slot,
+        rank=0,
+        size=1,
+        memory=memory,
+        cache=None,
+        frame=None,
+        payload=None,
+        out=None,
+        divisor=1.0,
+        divided=False,
+        bound=None,
     )
     total = _alone(compressor.exchange(alone, gradient))
     if total is None:

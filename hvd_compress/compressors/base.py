@@ -36,6 +36,7 @@ class Slot:
     loss_scale: float | None = None  # of this step, if it is known
     cache: Any = None  # what the compressor would otherwise find out anew in every step
     frame: Tensor | None = None  # the last frame that was sent, uint8: room for the next one
+    payload: Tensor | None = None  # the part of it that `room` gave
     out: Tensor | None = None  # float32 [numel]: where the sum may go, in place of new memory
     divisor: float = 1.0  # what the sum may be divided by, by who then says so:
     divided: bool = False
@@ -44,8 +45,10 @@ class Slot:
     def room(self, payload_bytes: int) -> Tensor:
         """Where in the next frame the payload goes, uint8 [payload_bytes]; what was there is lost."""
         if self.frame is None or self.frame.numel() < wire.frame_bytes(payload_bytes):
-            self.frame = torch.empty(wire.frame_bytes(payload_bytes), dtype=torch.uint8)
-        return self.frame[wire.HEADER_BYTES : wire.HEADER_BYTES + payload_bytes]
+            self.frame, self.payload = torch.empty(wire.frame_bytes(payload_bytes), dtype=torch.uint8), None
+        if self.payload is None or self.payload.numel() != payload_bytes:
+            self.payload = self.frame[wire.HEADER_BYTES : wire.HEADER_BYTES + payload_bytes]
+        return self.payload
 
 
 class Compressor(abc.ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
@@ -111,8 +112,7 @@ def takes(gradient: Tensor) -> bool:
 def crc32(header: bytes, payload: Tensor) -> int:
     """CRC-32 (IEEE) of `header` and `payload`."""
     assert _library is not None
-    crc = _library.hc_crc32(0, header, len(header))
-    return int(_library.hc_crc32(crc, payload.data_ptr(), payload.numel()))
+    return int(_library.hc_crc32(zlib.crc32(header), payload.data_ptr(), payload.numel()))
 
 
 def largest(gradient: Tensor) -> float:

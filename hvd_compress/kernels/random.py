@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,14 @@ def _mix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+_mix64_of_part = functools.lru_cache(maxsize=1 << 14)(_mix64)  # seeds, parameters and ranks come again in every step
+
+
 def stream_key(*identity: int) -> int:
     """64-bit key of the stream that `identity` names, such as (seed, parameter, step, rank)."""
     key = 0
     for part in identity:
-        key = _mix64(key ^ _mix64(part & _MASK64))
+        key = _mix64(key ^ _mix64_of_part(part & _MASK64))
     return key
 
 

@@ -125,11 +125,11 @@ def _json_bytes(value: Any) -> Tensor:
 
 def _fuse(tensors: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
     """One flat copy of `tensors`, and the function that cuts such a tensor into their shapes."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors])
 
     def restore(fused: Tensor) -> list[Tensor]:
-        parts = fused.split([tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+        parts = fused.split_with_sizes([tensor.numel() for tensor in tensors])
+        return [part if tensor.dim() == 1 else part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
     return flat, restore
 

@@ -164,6 +164,6 @@ def test_the_overhead_benchmark_tells_where_time_and_memory_go(tmp_path):
         parts = [row[f"{kind}_seconds"] for kind in ("encode", "decode", "python", "exchange")]
         assert all(seconds >= 0 for seconds in parts)
         assert row["python_microseconds_per_tensor"] > 0
-    # The residual, and the memory of the next one; not many steps' gradients.
-    assert 80e6 * 0.8 < under_horovod[3]["peak_bytes_over_none"] < 200e6
+    # A residual and the memory of the next one, of 40 MB each; not many steps' gradients.
+    assert under_horovod[3]["peak_bytes_over_none"] < 150e6
     assert "us of Python a tensor" in output

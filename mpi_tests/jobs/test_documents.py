@@ -47,6 +47,17 @@ def test_example_runs_and_compares_its_methods(launcher, ranks, example, methods
             assert row["compressed_ratio"] > 4, row
 
 
+def test_the_example_of_sparse_training_runs_and_sends_less_in_compressed_phases():
+    ended = run_program("mpirun", 2, ROOT / "examples" / "acdc_digits.py", "--epochs", "2", timeout_seconds=90)
+    assert ended.code == 0, str(ended)
+    output = ended.of_rank(0)
+    found = [re.search(rf"in {phase} phases: ([\d,]+)", output) for phase in ("dense", "compressed")]
+    dense, compressed = (int(match[1].replace(",", "")) for match in found)
+    assert 0.1 * dense < compressed < 0.11 * dense, output  # biases are not pruned
+    for what in ("dense training", "sparse model", "dense twin"):
+        assert f"{what}: test accuracy" in output
+
+
 def test_the_example_of_one_process_runs():
     example = ROOT / "examples" / "activation_pruning.py"
     ended = start([sys.executable, str(example), "--epochs", "1"]).end(90 * patience())

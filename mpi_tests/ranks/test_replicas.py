@@ -52,8 +52,9 @@ def loss(of: nn.Module, rank: int, step: int) -> Tensor:
     return nn.functional.mse_loss(of(batch), torch.stack([pixels.mean((1, 2)), pixels[:, 0, 0], pixels[:, 5, 5]], 1))
 
 
-def sgd(of: nn.Module, kind: str = "") -> torch.optim.Optimizer:
-    return torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.0 if kind == "dgc" else 0.5)
+def sgd(of: nn.Module, kind: str = "", size: int = 1) -> torch.optim.Optimizer:
+    """DGC has the momentum itself, where there are ranks to exchange with."""
+    return torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.0 if kind == "dgc" and size > 1 else 0.5)
 
 
 def steps_of(job: Job, kind: str) -> int:
@@ -67,7 +68,7 @@ def train_simulated(
 ) -> dict[str, Tensor]:
     """The parameters of one model that stands for all replicas, after as many steps."""
     by_name = dict(one.named_parameters())
-    optimizer = sgd(one, kind)
+    optimizer = sgd(one, kind, simulation.size)
     for step in range(steps):
         of_ranks = []
         for rank in range(simulation.size):
@@ -85,7 +86,7 @@ def train_simulated(
 def test_replicas_learn_stay_equal_and_match_the_simulation(job: Job, alive: Callable[[], None], kind: str) -> None:
     mine = model()
     by_name = dict(mine.named_parameters())
-    optimizer = job.distribute(sgd(mine, kind), by_name.items(), MAKE[kind](by_name.items()))
+    optimizer = job.distribute(sgd(mine, kind, job.size), by_name.items(), MAKE[kind](by_name.items()))
     losses = []
     for step in range(steps_of(job, kind)):
         optimizer.zero_grad()
@@ -103,7 +104,8 @@ def test_replicas_learn_stay_equal_and_match_the_simulation(job: Job, alive: Cal
         if kind in IN_FRAMES or job.size == 1:
             assert_equal(by_name, simulated)
         else:
-            assert_close(by_name, simulated, 1e-2 if kind == "fp16" else 1e-4)
+            # Rounding grows over the steps, most where each starts from the last one's power iteration.
+            assert_close(by_name, simulated, 1e-2 if kind in ("fp16", *IN_SUMS) else 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["none", "fp16", "bf16"])
