@@ -73,7 +73,8 @@ class Trained:
         torch.manual_seed(0)
         self.method = method
         self.plain = make()
-        self.model, self.optimizer = self.plain, torch.optim.SGD(self.plain.parameters(), lr=1e-3, momentum=0.9)
+        momentum = 0.0 if method.startswith("dgc") else 0.9  # which it has itself
+        self.model, self.optimizer = self.plain, torch.optim.SGD(self.plain.parameters(), lr=1e-3, momentum=momentum)
         self.compression: GradientCompression | None = None
         family, _, variant = method.partition("-")
         if family == "ddp":
