@@ -11,7 +11,9 @@ constexpr size_t ADACOMP_BLOCK = 2048;  // elements, or one bin, that stay in th
 inline size_t adacomp_block(size_t bin_size) {
     return bin_size < ADACOMP_BLOCK ? ADACOMP_BLOCK / bin_size * bin_size : bin_size;
 }
-inline size_t adacomp_scratch_bytes(size_t bin_size) { return (adacomp_block(bin_size) + LANES) * 8; }
+constexpr size_t ADACOMP_WORD = 64;  // elements whose choice is one mask
+
+inline size_t adacomp_scratch_bytes(size_t bin_size) { return (adacomp_block(bin_size) + ADACOMP_WORD) * 8; }
 
 inline int32_t largest_magnitude(const float* values, size_t count) {
     if (count < LANES) {
@@ -46,7 +48,7 @@ int64_t adacomp_encode(
     const bool streamed = passes_caches(numel);
     const size_t block = adacomp_block(bin_size);
     float* values = static_cast<float*>(scratch);
-    int32_t* reach = reinterpret_cast<int32_t*>(values + block + LANES);
+    int32_t* reach = reinterpret_cast<int32_t*>(values + block + ADACOMP_WORD);
     GapWriter<Token> out = {payload + 4, payload + capacity, 0, false};
     double sums[LANES] = {};
     int32_t most = 0;
@@ -66,9 +68,13 @@ int64_t adacomp_encode(
             const int32_t largest = largest_magnitude(inside, size);
             most = largest > most ? largest : most;
             sums[bin % LANES] += static_cast<double>(as_float(largest));
-            for (size_t j = 0; j < size; j += 64) {
-                const size_t few = size - j < 64 ? size - j : 64;
+            for (size_t j = 0; j < size; j += ADACOMP_WORD) {
+                const size_t few = size - j < ADACOMP_WORD ? size - j : ADACOMP_WORD;
                 uint64_t mask = reached(reach + (start - begin) + j, few, largest);
+                if (sizeof(Token) == 1) {  // one word a bin, which mostly sends some
+                    out.mark_all(start, mask, inside);
+                    continue;
+                }
                 for (; mask; mask &= mask - 1) {
                     const size_t place = j + static_cast<size_t>(__builtin_ctzll(mask));
                     out.mark(start + place, as_int(inside[place]) < 0);

@@ -57,7 +57,10 @@ struct Candidates {
     }
 
     HC_INLINE void add(F8 v, size_t low, size_t present) {
-        const int mask = bits(igreater(magnitude_bits(v), iset(floor))) & ((1 << present) - 1);
+        take(v, low, bits(igreater(magnitude_bits(v), iset(floor))) & ((1 << present) - 1));
+    }
+    // Those that the mask names; some may be no larger than a floor that has risen meanwhile.
+    HC_INLINE void take(F8 v, size_t low, int mask) {
         compact_places(places + count, low, mask);  // no branch on the mask: a wrong guess would wait for the memory
         count += compact(values + count, v, mask);
         if (count >= capacity) {
@@ -124,6 +127,9 @@ inline size_t topk_scratch_bytes(size_t numel, size_t k) {
     return (room + SAMPLE + sparse_chunks(numel)) * 4 + room * 6;
 }
 
+// Up to one entry in so many it is faster to look for the rows of eight that have any.
+constexpr size_t FEW = 32;
+
 // A magnitude, as bits, that the k-th largest of all is likely to reach, judged by groups at even distances; or 0.
 template <class T> int32_t likely_below(const Accumulated<T>& x, size_t numel, size_t k, int32_t* work) {
     const size_t groups = sampled_groups(numel), count = groups * LANES;
@@ -154,12 +160,20 @@ int topk_encode(
     uint16_t* places = reinterpret_cast<uint16_t*>(counts + sparse_chunks(numel));
     Candidates found = {k, capacity, values, places, work, counts, 0, 0, 0, 0};
     found.start(likely_below(x, numel, k, work) - 1);
+    const bool few = found.floor >= 0 && k <= numel / FEW;
+    I8 largest = iset(0);
     for (size_t begin = 0; begin < numel; begin += SPARSE_CHUNK) {
-        write_rows(kept, begin, chunk_end(begin, numel), streamed, [&](size_t i, size_t present) HC_INLINE {
-            const F8 v = x(i, present);
-            found.add(v, i - begin, present);
-            return v;
-        });
+        const size_t end = chunk_end(begin, numel);
+        if (few) {
+            choose_rows<false>(x, kept, begin, end, streamed, found.floor, &largest, [&](size_t i, int mask, F8 v)
+                HC_INLINE { found.take(v, i - begin, mask); });
+        } else {
+            write_rows(kept, begin, end, streamed, [&](size_t i, size_t present) HC_INLINE {
+                const F8 v = x(i, present);
+                found.add(v, i - begin, present);
+                return v;
+            });
+        }
         found.end_chunk();
     }
     fence();
