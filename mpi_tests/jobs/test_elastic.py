@@ -1,8 +1,6 @@
 """Elastic Horovod: workers join, die and are taken away; the others train on, alike, and keep their residuals."""
 
-import os
 import re
-import signal
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -33,7 +31,7 @@ def said(output):
 
 
 class Hosts:
-    """What the discovery script finds: two names of this machine, with so many slots."""
+    """What the discovery script finds: two names of this machine, with so many slots; and what workers find beside it."""
 
     def __init__(self, directory):
         self._directory = directory
@@ -42,9 +40,15 @@ class Hosts:
         self.script.chmod(0o755)
 
     def have(self, localhost, loopback=1):
+        self._write("hosts", f"localhost:{localhost}\n127.0.0.1:{loopback}\n")
+
+    def tell_to_die(self, pid):
+        self._write("die", str(pid))
+
+    def _write(self, name, text):
         new = self._directory / "new"
-        new.write_text(f"localhost:{localhost}\n127.0.0.1:{loopback}\n")
-        new.replace(self._directory / "hosts")
+        new.write_text(text)
+        new.replace(self._directory / name)
 
 
 def await_steps(job, size, after=0):
@@ -71,7 +75,7 @@ def history(tmp_path_factory):
         await_steps(job, 2)
         hosts.have(localhost=3)
         workers = await_steps(job, 4)
-        os.kill(next(worker.pid for worker in workers if worker.more == "127.0.0.1"), signal.SIGKILL)
+        hosts.tell_to_die(next(worker.pid for worker in workers if worker.more == "127.0.0.1"))
         await_steps(job, 3)
         hosts.have(localhost=2)
         await_steps(job, 2, after=3)

@@ -1,10 +1,11 @@
 """Trains under elastic Horovod until told to stop; says at every step what the test compares over ranks and resets.
 
-The argument is a directory: the file `stop` in it ends the training.
+The argument is a directory: the file `stop` in it ends the training, the file `die` names a worker that kills itself.
 """
 
 import hashlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -65,8 +66,17 @@ def train(state):
         state.step += 1
         say("step", "sound" if good else "unsound")
         time.sleep(0.1)
+        die_if_told()
         say("commit")
         state.commit()
+
+
+def die_if_told():
+    """Between two exchanges: if a worker dies during one, Gloo aborts a second one now and then (pair.cc, "enforce fail")."""
+    told = directory / "die"
+    if told.exists() and told.read_text() == str(os.getpid()):
+        time.sleep(1.0)  # until the others have ended theirs
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stopped():
