@@ -6,34 +6,48 @@
 
 namespace HC_LEVEL {
 
-constexpr size_t ADACOMP_BLOCK = 2048;  // elements, or one bin, that stay in the first cache
+constexpr size_t ADACOMP_BLOCK = 2048;  // elements, or one bin, whose gradients and residuals stay in the first cache
+constexpr size_t ADACOMP_WORD = 64;     // elements whose choice is one mask
 
 inline size_t adacomp_block(size_t bin_size) {
     return bin_size < ADACOMP_BLOCK ? ADACOMP_BLOCK / bin_size * bin_size : bin_size;
 }
-constexpr size_t ADACOMP_WORD = 64;  // elements whose choice is one mask
 
-inline size_t adacomp_scratch_bytes(size_t bin_size) { return (adacomp_block(bin_size) + ADACOMP_WORD) * 8; }
+struct Choice {
+    uint64_t sent, negative;
+};
 
-inline int32_t largest_magnitude(const float* values, size_t count) {
-    if (count < LANES) {
-        return top(magnitude_bits(load(values, count)));
+inline size_t adacomp_scratch_bytes(size_t bin_size) {
+    const size_t words_of_bin = (bin_size + ADACOMP_WORD - 1) / ADACOMP_WORD;
+    return adacomp_block(bin_size) / bin_size * words_of_bin * sizeof(Choice);
+}
+
+// Largest |x| of `size` elements from `start`, as bits.
+template <class T> int32_t largest_of_bin(const Accumulated<T>& x, size_t start, size_t size) {
+    if (size < LANES) {
+        return top(magnitude_bits(x(start, size)));
     }
-    I8 largest = magnitude_bits(fload(values + count - LANES));
-    for (size_t j = 0; j + LANES <= count; j += LANES) {
-        largest = imax(largest, magnitude_bits(fload(values + j)));
+    const size_t end = start + size;
+    I8 largest = magnitude_bits(x(end - LANES, LANES));
+    for (size_t i = start; i + LANES <= end; i += LANES) {
+        largest = imax(largest, magnitude_bits(x(i, LANES)));
     }
     return top(largest);
 }
 
-// Of `count` <= 64 reaches those that are at least `least`, as bits. Seven more can be read.
-inline uint64_t reached(const int32_t* reach, size_t count, int32_t least) {
+// Of `count` <= 64 elements from `start`: those that the newest gradient brings to `least`, and the signs of all.
+template <class T> Choice choose(const Accumulated<T>& x, size_t numel, size_t start, size_t count, int32_t least) {
     const I8 below = iset(least - 1);
-    uint64_t mask = 0;
+    Choice choice = {0, 0};
     for (size_t j = 0; j < count; j += LANES) {
-        mask |= static_cast<uint64_t>(bits(igreater(iload(reach + j), below))) << j;
+        const size_t i = start + j, present = numel - i < LANES ? numel - i : LANES;
+        const F8 g = x.gradients(i, present), v = x.add_residual(g, i, present);
+        const Mask sent = igreater(magnitude_bits(v + g), below) & igreater(magnitude_bits(v), iset(0));
+        choice.sent |= static_cast<uint64_t>(bits(sent)) << j;
+        choice.negative |= static_cast<uint64_t>(bits(as_int(v))) << j;
     }
-    return mask & ~uint64_t{0} >> (64 - count);
+    choice.sent &= ~uint64_t{0} >> (64 - count);
+    return choice;
 }
 
 // Packs what AdaComp sends; `kept` becomes what has accumulated, less that. The scale is the mean over all bins of the
@@ -47,39 +61,40 @@ int64_t adacomp_encode(
     const Accumulated<T> x = {gradient, residual};
     const bool streamed = passes_caches(numel);
     const size_t block = adacomp_block(bin_size);
-    float* values = static_cast<float*>(scratch);
-    int32_t* reach = reinterpret_cast<int32_t*>(values + block + ADACOMP_WORD);
+    Choice* const choices = static_cast<Choice*>(scratch);
     GapWriter<Token> out = {payload + 4, payload + capacity, 0, false};
     double sums[LANES] = {};
     int32_t most = 0;
     size_t bin = 0;
     for (size_t begin = 0; begin < numel; begin += block) {
         const size_t end = numel - begin < block ? numel : begin + block;
-        write_rows(kept, begin, end, streamed, [&](size_t i, size_t present) HC_INLINE {
-            const F8 g = x.gradients(i, present), v = x.add_residual(g, i, present);
-            const Mask zero = igreater(iset(1), magnitude_bits(v));
-            fstore(values + (i - begin), v);
-            istore(reach + (i - begin), magnitude_bits(v + g) | zero);  // -1 for what is never sent
-            return v;
-        });
-        for (size_t start = begin; start < end; start += bin_size, bin++) {
+        const auto each_word = [&](size_t start, auto step) HC_INLINE {  // of the bin at `start`
             const size_t size = end - start < bin_size ? end - start : bin_size;
-            const float* inside = values + (start - begin);
-            const int32_t largest = largest_magnitude(inside, size);
+            for (size_t j = 0; j < size; j += ADACOMP_WORD) {
+                step(start + j, size - j < ADACOMP_WORD ? size - j : ADACOMP_WORD);
+            }
+        };
+        Choice* choice = choices;
+        for (size_t start = begin; start < end; start += bin_size, bin++) {
+            const int32_t largest = largest_of_bin(x, start, end - start < bin_size ? end - start : bin_size);
             most = largest > most ? largest : most;
             sums[bin % LANES] += static_cast<double>(as_float(largest));
-            for (size_t j = 0; j < size; j += ADACOMP_WORD) {
-                const size_t few = size - j < ADACOMP_WORD ? size - j : ADACOMP_WORD;
-                uint64_t mask = reached(reach + (start - begin) + j, few, largest);
-                if (sizeof(Token) == 1) {  // one word a bin, which mostly sends some
-                    out.mark_all(start, mask, inside);
-                    continue;
+            each_word(start, [&](size_t i, size_t count) HC_INLINE { *choice++ = choose(x, numel, i, count, largest); });
+        }
+        write_rows(kept, begin, end, streamed, x);
+        choice = choices;
+        for (size_t start = begin; start < end; start += bin_size) {
+            each_word(start, [&](size_t i, size_t) HC_INLINE {
+                const Choice c = *choice++;
+                if (sizeof(Token) == 1) {  // short bins, each of which mostly sends some
+                    out.mark_all(i, c.sent, c.negative);
+                    return;
                 }
-                for (; mask; mask &= mask - 1) {
-                    const size_t place = j + static_cast<size_t>(__builtin_ctzll(mask));
-                    out.mark(start + place, as_int(inside[place]) < 0);
+                for (uint64_t sent = c.sent; sent; sent &= sent - 1) {
+                    const int place = __builtin_ctzll(sent);
+                    out.mark(i + static_cast<size_t>(place), c.negative >> place & 1);
                 }
-            }
+            });
         }
     }
     fence();
@@ -98,7 +113,7 @@ int64_t adacomp_encode(
     std::memcpy(payload, &scale, 4);
     size_t next = 0;
     read_gaps<Token>(payload + 4, out.token, &next, numel, [&](size_t position, bool negative) HC_INLINE {
-        kept[position] -= negative ? -scale : scale;
+        kept[position] -= as_float(as_int(scale) ^ static_cast<int32_t>(uint32_t{negative} << 31));
     });
     return out.token - payload;
 }

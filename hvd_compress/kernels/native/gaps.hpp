@@ -44,30 +44,37 @@ template <class Token> struct GapWriter {
         put(skip + negative * (Gap<Token>::LIMIT + 1));
         next = position + 1;
     }
-    // Marks first + i for each bit i of `mask`, with the sign of inside[i], of which there are 64. Few marks are written
-    // as if they were FEW, since how many there are cannot be guessed.
-    HC_INLINE void mark_all(size_t first, uint64_t mask, const float* inside) {
+    // Marks first + i for each bit i of `mask`, negative where `signs` has it, too. Few marks are written as if they were
+    // FEW, since how many there are cannot be guessed.
+    HC_INLINE void mark_all(size_t first, uint64_t mask, uint64_t signs) {
         constexpr size_t FEW = 4;
         const size_t count = static_cast<size_t>(__builtin_popcountll(mask));
         const size_t skip = mask ? first + static_cast<size_t>(__builtin_ctzll(mask)) - next : 0;
         if (count > FEW || skip >= Gap<Token>::LIMIT || static_cast<size_t>(end - token) < FEW * sizeof(Token)) {
-            for (; mask; mask &= mask - 1) {
-                const int place = __builtin_ctzll(mask);
-                mark(first + static_cast<size_t>(place), as_int(inside[place]) < 0);
-            }
+            *this = after_many(*this, first, mask, signs);
             return;
         }
+        Token words[FEW];
         size_t from = next;
         uint64_t left = mask;
         for (size_t j = 0; j < FEW; j++, left &= left - 1) {
             const size_t place = static_cast<size_t>(__builtin_ctzll(left | uint64_t{1} << 63));
-            const uint32_t sign = static_cast<uint32_t>(as_int(inside[place])) >> 31;
-            const Token word = static_cast<Token>(first + place - from + sign * (Gap<Token>::LIMIT + 1));
-            std::memcpy(token + j * sizeof word, &word, sizeof word);
+            words[j] = static_cast<Token>(first + place - from + (signs >> place & 1) * (Gap<Token>::LIMIT + 1));
             from = first + place + 1;
         }
+        std::memcpy(token, words, sizeof words);
         next = mask ? first + 64 - static_cast<size_t>(__builtin_clzll(mask)) : next;
         token += count * sizeof(Token);
+    }
+
+private:
+    // By value: where its address is taken, the compiler expects every token that is written to change the writer.
+    static __attribute__((noinline)) GapWriter after_many(GapWriter out, size_t first, uint64_t mask, uint64_t signs) {
+        for (; mask; mask &= mask - 1) {
+            const int place = __builtin_ctzll(mask);
+            out.mark(first + static_cast<size_t>(place), signs >> place & 1);
+        }
+        return out;
     }
 };
 

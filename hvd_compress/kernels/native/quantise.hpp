@@ -52,9 +52,7 @@ template <int BITS> I8 quantise(F8 x, F8 factor, I8 random) {
     const F8 magnitude = fabs8(x) * factor, whole = ffloor(magnitude);
     const I8 up = fless(u, magnitude - whole);  // -1 where it is rounded up
     const I8 levels = iset(levels_of(BITS));
-    I8 level = truncate(whole) - up;
-    level = select(igreater(level, levels), levels, level);
-    return by_sign(x, levels + level, levels - level);
+    return levels + times_sign(imin(truncate(whole) - up, levels), as_int(x));
 }
 
 // Returns 0, or -1 where a value is not finite. `bucket` is a multiple of eight.
@@ -67,11 +65,10 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
     for (size_t i = 0; i < numel; i += QUANTISED_BLOCK, codes += QUANTISED_BLOCK / 8 * BITS) {
         const size_t count = numel - i < QUANTISED_BLOCK ? numel - i : QUANTISED_BLOCK;
         const size_t rows = (count + LANES - 1) / LANES;
-        for (size_t row = 0; row < rows; row++) {
+        for (size_t row = 0; row < rows;) {
             const size_t start = i + row * LANES;
             if (start == known * bucket) {
                 const size_t members = numel - start < bucket ? numel - start : bucket;
-                prefetch_ahead(x + start, bucket < 1024 ? bucket : 1024);
                 const int32_t largest = bucket_largest(x + start, members);
                 if (largest >= INFINITY_BITS) {
                     return -1;
@@ -86,7 +83,10 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
                 }
                 std::memcpy(norms + 4 * known++, &norm, 4);
             }
-            factors[row] = factor;
+            const size_t left = (known * bucket - start) / LANES;
+            for (const size_t end = rows - row < left ? rows : row + left; row < end; row++) {
+                factors[row] = factor;
+            }
         }
         I8 words[BITS];
         for (int w = 0; w < BITS; w++) {
@@ -103,6 +103,9 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
         if (count == QUANTISED_BLOCK) {
             HC_UNROLL(32)
             for (int row = 0; row < BLOCK_ROWS; row++) {
+                if (row * LANES * sizeof(T) % CACHE_LINE == 0) {
+                    prefetch_ahead(x + i + row * LANES, CACHE_LINE / sizeof(T));
+                }
                 const I8 random = stream.bits(counters + iset(row * LANES));
                 put(row, quantise<BITS>(load(x + i + row * LANES), fset(factors[row]), random));
             }

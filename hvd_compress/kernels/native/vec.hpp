@@ -50,6 +50,8 @@ template <int N> I8 shr(I8 a) { return {_mm256_srli_epi32(a.v, N)}; }  // logica
 inline I8 shl(I8 a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
 inline I8 shr(I8 a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
 inline I8 imax(I8 a, I8 b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline I8 imin(I8 a, I8 b) { return {_mm256_min_epi32(a.v, b.v)}; }
+inline I8 times_sign(I8 a, I8 b) { return {_mm256_sign_epi32(a.v, b.v)}; }  // a * sign(b)
 inline Mask igreater(I8 a, I8 b) { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
 
 inline F8 fset(float x) { return {_mm256_set1_ps(x)}; }
@@ -140,6 +142,8 @@ inline I8 shr(I8 a, int n) { I8 r; HC_EACH(HC_S(HC_U(a.v[i]) >> n)) }
 template <int N> I8 shl(I8 a) { return shl(a, N); }
 template <int N> I8 shr(I8 a) { return shr(a, N); }
 inline I8 imax(I8 a, I8 b) { I8 r; HC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
+inline I8 imin(I8 a, I8 b) { I8 r; HC_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
+inline I8 times_sign(I8 a, I8 b) { I8 r; HC_EACH(b.v[i] < 0 ? -a.v[i] : b.v[i] > 0 ? a.v[i] : 0) }
 inline Mask igreater(I8 a, I8 b) { I8 r; HC_EACH(-HC_S(a.v[i] > b.v[i])) }
 
 inline F8 fset(float x) { F8 r; HC_EACH(x) }
