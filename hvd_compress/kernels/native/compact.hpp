@@ -30,6 +30,28 @@ inline I8 nibbles(uint32_t packed) {
                               _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28))};
 }
 
+// Of each 8-bit mask the set lanes, in order.
+struct Places {
+    uint16_t lanes[256][LANES];
+
+    constexpr Places() : lanes() {
+        for (int mask = 0; mask < 256; mask++) {
+            for (int lane = 0, count = 0; lane < LANES; lane++) {
+                if (mask >> lane & 1) {
+                    lanes[mask][count++] = static_cast<uint16_t>(lane);
+                }
+            }
+        }
+    }
+};
+inline constexpr Places PLACES;
+
+// Writes low + the number of each lane that the mask names, and up to eight numbers in all.
+inline void compact_places(uint16_t* out, size_t low, int mask) {
+    const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(PLACES.lanes[mask]));
+    const __m128i places = _mm_add_epi16(lanes, _mm_set1_epi16(static_cast<int16_t>(low)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), places);
+}
 // Writes the named lanes to `out`, and up to eight in all: their number is returned.
 inline size_t compact(float* out, F8 a, int mask) {
     fstore(out, lookup(a, nibbles(PERMUTATIONS.compacting[mask])));
@@ -51,6 +73,12 @@ inline F8 expand(const void* packed, int mask, size_t count) {
 }
 
 #else
+
+inline void compact_places(uint16_t* out, size_t low, int mask) {
+    for (; mask; mask &= mask - 1) {
+        *out++ = static_cast<uint16_t>(low + static_cast<size_t>(__builtin_ctz(static_cast<unsigned>(mask))));
+    }
+}
 
 inline size_t compact(float* out, F8 a, int mask) {
     size_t count = 0;

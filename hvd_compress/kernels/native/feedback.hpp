@@ -1,6 +1,7 @@
 // Error feedback: what has accumulated of a gradient, written once to where the new residual goes.
 #pragma once
 
+#include "compact.hpp"
 #include "load.hpp"
 
 namespace HC_LEVEL {
@@ -62,16 +63,24 @@ HC_INLINE inline void write_rows(float* kept, size_t begin, size_t end, bool str
     }
 }
 
+// The bytes that are not zero, as bits.
+inline int nonzero_bytes(uint64_t word) {
+    constexpr uint64_t LOW = 0x7f7f7f7f7f7f7f7f;
+    const uint64_t any = (((word & LOW) + LOW) | word) >> 7 & 0x0101010101010101;
+    return static_cast<int>(any * 0x0102040810204080 >> 56);
+}
+
 // Writes what has accumulated to `kept`, or 0 for what is chosen, and calls each(i, mask, v) for every eight elements v
-// from i on some of which are chosen: those with magnitudes, as bits, above `floor`, which may rise meanwhile. A guess of
-// the processor that is wrong waits for the data on which it depends, so all guesses are made on data in the first cache.
+// from i on some of which are chosen: those with magnitudes, as bits, above `floor`, which may rise meanwhile. No branch
+// depends on the data: the processor's guess would be wrong for every other word.
 template <bool ZEROED, class T, class F>
 HC_INLINE inline void choose_rows(
     const Accumulated<T>& x, float* kept, size_t begin, size_t end, bool streamed, const int32_t& floor, I8* largest,
     F each) {
-    constexpr size_t WORD = 64, WORDS = 32;
+    constexpr size_t WORD = 64, WORDS = 16;  // of which the elements stay in the first cache
     I8 floors = iset(floor), most = *largest;
     uint64_t masks[WORDS];
+    uint16_t rows[WORDS * LANES + LANES];  // of eight elements, those with any that are chosen
     const auto row = [&](size_t i, size_t count, bool stream) HC_INLINE {
         const F8 v = x(i, count);
         const I8 magnitude = magnitude_bits(v);
@@ -108,14 +117,17 @@ HC_INLINE inline void choose_rows(
             }
             masks[w] = mask;
         }
-        for (size_t w = 0; w < words; w++, i += WORD) {
-            for (uint64_t mask = masks[w]; mask;) {
-                const int shift = __builtin_ctzll(mask) / LANES * LANES;
-                const size_t first = i + static_cast<size_t>(shift);
-                each(first, static_cast<int>(mask >> shift & 255), x(first, LANES));
-                mask &= ~(uint64_t{255} << shift);
-            }
+        size_t found = 0;
+        for (size_t w = 0; w < words; w++) {
+            const int any = nonzero_bytes(masks[w]);
+            compact_places(rows + found, w * LANES, any);
+            found += static_cast<size_t>(__builtin_popcount(static_cast<unsigned>(any)));
         }
+        for (size_t r = 0; r < found; r++) {
+            const size_t first = i + rows[r] * LANES;
+            each(first, static_cast<int>(masks[rows[r] / LANES] >> rows[r] % LANES * LANES & 255), x(first, LANES));
+        }
+        i += words * WORD;
     }
     for (; i < end; i += LANES) {
         some(i, end - i < LANES ? end - i : LANES);

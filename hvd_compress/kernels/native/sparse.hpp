@@ -14,37 +14,6 @@ inline size_t chunk_end(size_t begin, size_t numel) {
     return numel - begin < SPARSE_CHUNK ? numel : begin + SPARSE_CHUNK;
 }
 
-#ifdef __AVX2__
-// Of each 8-bit mask the set lanes, in order.
-struct Places {
-    uint16_t lanes[256][LANES];
-
-    constexpr Places() : lanes() {
-        for (int mask = 0; mask < 256; mask++) {
-            for (int lane = 0, count = 0; lane < LANES; lane++) {
-                if (mask >> lane & 1) {
-                    lanes[mask][count++] = static_cast<uint16_t>(lane);
-                }
-            }
-        }
-    }
-};
-inline constexpr Places PLACES;
-
-// Writes low + the number of each lane that the mask names, and up to eight numbers in all.
-inline void compact_places(uint16_t* out, size_t low, int mask) {
-    const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(PLACES.lanes[mask]));
-    const __m128i places = _mm_add_epi16(lanes, _mm_set1_epi16(static_cast<int16_t>(low)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), places);
-}
-#else
-inline void compact_places(uint16_t* out, size_t low, int mask) {
-    for (; mask; mask &= mask - 1) {
-        *out++ = static_cast<uint16_t>(low + static_cast<size_t>(__builtin_ctz(static_cast<unsigned>(mask))));
-    }
-}
-#endif
-
 inline size_t threshold_scratch_bytes(size_t capacity) { return 2 * (capacity + LANES); }
 
 // Writes all that has accumulated to `kept`; returns the largest magnitude as bits.
