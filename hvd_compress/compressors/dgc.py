@@ -73,11 +73,12 @@ class DGCCompressor(Compressor):
             return total
         payload: Tensor | None = slot.room(kernels.sparse_bytes(step.numel(), k))
         kept, residual = slot.memory.room(slot.name, step), slot.memory.residual(slot.name, step.device)
-        if kernels.of(step).topk_encode(step, residual, kept, k, payload) == kernels.NOT_FINITE:
+        kernel = kernels.of(step)
+        if kernel.topk_encode(step, residual, kept, k, payload) == kernels.NOT_FINITE:
             payload = None
         else:
             assert payload is not None
-            velocity[kernels.unpack_sparse(payload, step.numel())[1].to(velocity.device)] = 0
+            velocity[kernel.sparse_positions(payload, step.numel()).to(velocity.device)] = 0
             self._propose(slot, velocity, kept)
         return (yield from gather_sum(self, slot, gradient, payload, _add, rate=density))
 

@@ -45,7 +45,7 @@ def largest_positions(values: Tensor, k: int) -> Tensor:
         return topk.topk_indices(values, k)
     payload = torch.empty(sparse.sparse_bytes(values.numel(), k), dtype=torch.uint8)
     kernel.topk_encode(values, None, torch.empty_like(values), k, payload)
-    return sparse.unpack_sparse(payload, values.numel())[1]
+    return kernel.sparse_positions(payload, values.numel())
 
 
 def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:

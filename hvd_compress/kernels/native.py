@@ -55,6 +55,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_topk_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p]),
     "hc_threshold_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_float, c_void_p, c_size_t]),
     "hc_sparse_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p, c_void_p]),
+    "hc_sparse_positions": (c_int64, [c_void_p, c_size_t, c_size_t, c_void_p]),
     "hc_adacomp_encode": (
         c_int64,
         [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_size_t],
@@ -211,6 +212,15 @@ def sparse_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float
     shape = len(payloads), out.numel(), divisor, out.data_ptr(), ctypes.byref(bound)
     failed = _checked(_library.hc_sparse_sum(_addresses(payloads), _lengths(payloads), *shape))
     return _bound(failed, _SPARSE_ERRORS, bound.value, out)
+
+
+def sparse_positions(payload: Tensor, numel: int) -> Tensor:
+    assert _library is not None
+    positions = torch.empty(payload.numel() // 6, dtype=torch.int64)  # at least as many as there are entries
+    found = _library.hc_sparse_positions(payload.data_ptr(), payload.numel(), numel, positions.data_ptr())
+    if found < 0:
+        raise ValueError("positions are not ascending or past the end, or bytes do not fit their counts")
+    return positions[:found]
 
 
 def adacomp_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bin_size: int, payload: Tensor) -> int:

@@ -50,6 +50,7 @@ __all__ = [
     "prune_sum",
     "quantise_encode",
     "quantise_sum",
+    "sparse_positions",
     "sparse_sum",
     "ternary_encode",
     "ternary_sum",
@@ -144,6 +145,11 @@ def threshold_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, th
     if sparse_bytes(kept.numel(), positions.numel()) > payload.numel():
         return TOO_LARGE
     return _put_entries(kept, positions, payload)
+
+
+def sparse_positions(payload: Tensor, numel: int) -> Tensor:
+    """The positions in a payload, int64 [entries]. Raises ValueError for one that makes no sense."""
+    return unpack_sparse(payload, numel)[1]
 
 
 def _put_entries(kept: Tensor, positions: Tensor, payload: Tensor) -> int:

@@ -31,7 +31,7 @@ def said(output):
 
 
 class Hosts:
-    """What the discovery script finds: two names of this machine, with so many slots; and what workers find beside it."""
+    """What the discovery script finds: two names of this machine, with so many slots; beside it, what workers find."""
 
     def __init__(self, directory):
         self._directory = directory

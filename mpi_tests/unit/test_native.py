@@ -218,6 +218,8 @@ def test_largest(numel, dtype):
     payloads = [part for part in payloads if part or not numel]
     for ranks in (1, 2, 5, len(payloads)):
         summed("sparse_sum", payloads[:ranks], numel, float(ranks))
+    for payload in map(damaged, filter(None, payloads)):
+        assert native.sparse_positions(payload, numel).equal(reference.sparse_positions(payload, numel))
 
 
 @pytest.mark.parametrize("numel", [1000, 70_001])
@@ -298,6 +300,8 @@ def test_damaged_sparse_payloads_are_refused():
             with pytest.raises(kernels.PayloadError) as raised:
                 module.sparse_sum([whole, spoilt, whole], 1.0, torch.empty(numel))
             assert raised.value.rank == 1
+            with pytest.raises(ValueError, match="positions|bytes"):
+                module.sparse_positions(spoilt, numel)
 
 
 def test_damaged_gap_codes_are_refused():

@@ -126,6 +126,10 @@ HC_API int hc_sparse_sum(
     return level->sparse_sum(payloads, lengths, ranks, numel, divisor, out, bound);
 }
 
+HC_API int64_t hc_sparse_positions(const uint8_t* payload, size_t length, size_t numel, int64_t* positions) {
+    return level->sparse_positions(payload, length, numel, positions);
+}
+
 HC_API int64_t hc_adacomp_encode(
     const void* x, int type, size_t numel, const float* residual, float* kept, size_t bin_size, int width,
     uint8_t* payload, size_t capacity) {

@@ -155,8 +155,8 @@ int bfloat_encode_(const void* x, int type, size_t numel, uint8_t* out) {
 extern const Level LEVEL;
 const Level LEVEL = {
     moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum, quantise_encode_, quantise_sum_,
-    accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, adacomp_encode_, gaps_sum_, prune_encode_,
-    prune_sum_,   prune_dense_,     bfloat_encode_,    bfloat_sum,  solve,
+    accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions, adacomp_encode_, gaps_sum_,
+    prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  solve,
 };
 
 }  // namespace HC_LEVEL

@@ -30,6 +30,7 @@ struct Level {
     int (*sparse_sum)(
         const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
         float* bound);
+    int64_t (*sparse_positions)(const uint8_t* payload, size_t length, size_t numel, int64_t* positions);
     int64_t (*adacomp_encode)(
         const void* x, int type, const float* residual, float* kept, size_t numel, size_t bin_size, int width,
         uint8_t* payload, size_t capacity);

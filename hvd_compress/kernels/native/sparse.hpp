@@ -148,6 +148,26 @@ inline int check_sparse(const uint8_t* payload, size_t length, size_t numel) {
     return 0;
 }
 
+// The positions in a payload as int64, of which there are as many as it has entries; or -1 for one that makes no sense.
+inline int64_t sparse_positions(const uint8_t* payload, size_t length, size_t numel, int64_t* positions) {
+    if (check_sparse(payload, length, numel)) {
+        return -1;
+    }
+    uint64_t entries;
+    check_counts(payload, length, numel, &entries);
+    const uint8_t* places = payload + 4 * (sparse_chunks(numel) + entries);
+    for (size_t begin = 0; begin < numel; begin += SPARSE_CHUNK, payload += 4) {
+        uint32_t count;
+        std::memcpy(&count, payload, 4);
+        for (; count; count--, places += 2, positions++) {
+            uint16_t place;
+            std::memcpy(&place, places, 2);
+            *positions = static_cast<int64_t>(begin + place);
+        }
+    }
+    return static_cast<int64_t>(entries);
+}
+
 // out = sum / divisor, and zeros again in `sum`.
 inline void settle(float* sum, size_t numel, float divisor, float* out, bool streamed) {
     const F8 divisors = fset(divisor), zero = fset(0);

@@ -72,7 +72,7 @@ def train(state):
 
 
 def die_if_told():
-    """Between two exchanges: if a worker dies during one, Gloo aborts a second one now and then (pair.cc, "enforce fail")."""
+    """Between two exchanges: where a worker dies in one, Gloo aborts another now and then (pair.cc, "enforce fail")."""
     told = directory / "die"
     if told.exists() and told.read_text() == str(os.getpid()):
         time.sleep(1.0)  # until the others have ended theirs
