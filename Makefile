@@ -9,7 +9,7 @@ run := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check check-native wheel format clean distclean
-.PHONY: bench-codec bench-network bench-overhead bench-adaptive bench-accuracy bench-solver
+.PHONY: bench-codec bench-network bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,6 +55,9 @@ bench-solver: setup ## time the solver of rates against numpy
 
 bench-adaptive: setup ## uniform rates against L-GreCo and Accordion
 	@OMP_NUM_THREADS=1 $(run)/python benchmarks/adaptive.py
+
+bench-pruning: setup ## what pruning activation gradients costs, and what backward gains by it
+	@OMP_NUM_THREADS=1 $(run)/python benchmarks/pruning.py
 
 bench-accuracy: setup ## what every method costs in accuracy, over seeds (an hour and more)
 	@$(run)/python benchmarks/accuracy.py

@@ -1,11 +1,12 @@
 """Time the pruning of activation gradients: the fused pass against torch operations, and what backward gains by it.
 
-Medians on one thread, alternating; --out writes them as a JSON list.
+Medians on one thread, alternating; OUT=FILE keeps them as a JSON list.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -99,7 +100,7 @@ def _step(model: nn.Module) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25, help="of every measurement")
-    parser.add_argument("--out", type=Path, help="write the rows there, as JSON")
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None, help="file for the rows, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
