@@ -1,14 +1,16 @@
 """What every method costs in accuracy: the digits CNN and the character LM, over seeds, against no compression.
 
 Up to 4 ranks are real ones, of a job under Horovod and MPI; more are simulated in this process, whose gradients are
-exchanged alike. Narrowed by the environment: TASKS=digits RANKS=2,4 METHODS=none,topk SEEDS=0,1,2; OUT=FILE keeps
-the rows as JSON, with a plot beside it, and RESUME=1 goes on where the rows of FILE end.
+exchanged alike. Narrowed by the environment: TASKS=digits RANKS=2,4 METHODS=none,topk SEEDS=0,1,2; EPOCHS=8 trains
+for longer, or less. OUT=FILE keeps the rows as JSON, with a plot beside it, and RESUME=1 goes on where the rows of FILE
+end.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,11 +87,15 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks, methods = chosen("TASKS", list(TASKS)), chosen("METHODS", list(METHODS))
     sizes, seeds = chosen("RANKS", RANKS, open_ended=True), chosen("SEEDS", SEEDS, open_ended=True)
+    if min(sizes) < 2:
+        sys.exit("RANKS: at least 2, as one rank has nothing to exchange")
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+    if not re.fullmatch("[1-9][0-9]*|", os.environ.get("EPOCHS", "")):
+        sys.exit(f"EPOCHS={os.environ['EPOCHS']}: must be one whole number, at least 1")
     rows: list[Row] = []
     if out and os.environ.get("RESUME", "0") not in ("", "0") and out.exists():
         rows = json.loads(out.read_text())
-    done = {(row["task"], row["method"], row["ranks"], row["seed"]) for row in rows}
+    done = {(row["task"], row["method"], row["ranks"], row["epochs"], row["seed"]) for row in rows}
     console = Console()
 
     def report(row: Row) -> None:
@@ -100,7 +106,8 @@ def main() -> None:
 
     for task in tasks:
         for ranks in sizes:
-            todo = [(task, m, seed) for m in methods for seed in seeds if (task, m, ranks, seed) not in done]
+            epochs = TASKS[task].epochs_of(ranks)
+            todo = [(task, m, seed) for m in methods for seed in seeds if (task, m, ranks, epochs, seed) not in done]
             if todo:
                 (train_job if ranks <= MOST_REAL_RANKS else train_here)(ranks, todo, report)
     for table in tables(rows):

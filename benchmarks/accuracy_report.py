@@ -19,10 +19,11 @@ _TWIN = "acdc, dense twin"
 
 @dataclass(frozen=True)
 class Summary:
-    """One method of one task at one number of ranks, over its seeds."""
+    """One method of one task at one number of ranks and of epochs, over its seeds."""
 
     task: str
     ranks: int
+    epochs: int
     method: str
     seeds: int
     mean: float
@@ -31,6 +32,11 @@ class Summary:
     half_width: float  # of the 95 % confidence interval of that mean, Student's t; NaN of fewer than two seeds
     bytes_per_step: float
     metric: str
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """What is compared with each other."""
+        return self.task, self.ranks, self.epochs
 
 
 def with_twins(rows: Sequence[Row]) -> list[Row]:
@@ -42,19 +48,19 @@ def with_twins(rows: Sequence[Row]) -> list[Row]:
 def summarize(rows: Sequence[Row]) -> list[Summary]:
     """In the order of the rows."""
     rows = with_twins(rows)
-    groups: dict[tuple[str, int, str], dict[int, Row]] = {}
+    groups: dict[tuple[str, int, int, str], dict[int, Row]] = {}
     for row in rows:
-        groups.setdefault((row["task"], row["ranks"], row["method"]), {})[row["seed"]] = row
-    places = list(dict.fromkeys((task, ranks) for task, ranks, _ in groups))
+        groups.setdefault((row["task"], row["ranks"], row["epochs"], row["method"]), {})[row["seed"]] = row
+    places = list(dict.fromkeys(key[:3] for key in groups))
     return [
         _summary(key, of_seed, groups.get((*place, BASELINE), {}))
         for place in places
         for key, of_seed in groups.items()
-        if key[:2] == place
+        if key[:3] == place
     ]
 
 
-def _summary(key: tuple[str, int, str], of_seed: Mapping[int, Row], baseline: Mapping[int, Row]) -> Summary:
+def _summary(key: tuple[str, int, int, str], of_seed: Mapping[int, Row], baseline: Mapping[int, Row]) -> Summary:
     metrics = [row["metric"] for row in of_seed.values()]
     differences = [row["metric"] - baseline[seed]["metric"] for seed, row in of_seed.items() if seed in baseline]
     first = next(iter(of_seed.values()))
@@ -105,15 +111,20 @@ def cells_of(summary: Summary, dense_bytes: float) -> list[str]:
 
 
 def sections(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
-    """A title and the cells of its rows, for each task and number of ranks."""
-    summaries = summarize(rows)
-    places = list(dict.fromkeys((s.task, s.ranks, s.metric) for s in summaries))
+    """A title and the cells of its rows, for each task, number of ranks and of epochs."""
     found = []
-    for task, ranks, metric in places:
-        mine = [s for s in summaries if (s.task, s.ranks) == (task, ranks)]
+    for (task, ranks, epochs), mine in panels(rows).items():
         dense = next((s.bytes_per_step for s in mine if s.method == BASELINE), math.nan)
         simulated = ", simulated" if any(r.get("simulated") for r in rows if r["ranks"] == ranks) else ""
-        found.append((f"{task}, {ranks} ranks{simulated}: {metric}", [cells_of(s, dense) for s in mine]))
+        title = f"{task}, {ranks} ranks{simulated}, {epochs} epochs: {mine[0].metric}"
+        found.append((title, [cells_of(s, dense) for s in mine]))
+    return found
+
+
+def panels(rows: Sequence[Row]) -> dict[tuple[str, int, int], list[Summary]]:
+    found: dict[tuple[str, int, int], list[Summary]] = {}
+    for summary in summarize(rows):
+        found.setdefault(summary.place, []).append(summary)
     return found
 
 
@@ -139,22 +150,21 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """What was reached against bytes, with the standard deviation: a panel for each task and number of ranks."""
+    """What was reached against bytes, with the standard deviation: a panel for each section of the tables."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    summaries = summarize(rows)
-    panels = list(dict.fromkeys((s.task, s.ranks, s.metric) for s in summaries))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False)
-    for axis, (task, ranks, metric) in zip(axes[0], panels):
-        mine = [s for s in summaries if (s.task, s.ranks) == (task, ranks)]
+    shown = panels(rows)
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.5), squeeze=False)
+    for axis, ((task, ranks, epochs), mine) in zip(axes[0], shown.items()):
         for number, s in enumerate(mine):
             error = 0 if math.isnan(s.deviation) else s.deviation
             marker = "osD^v<>PX*"[number % 10]
             axis.errorbar(s.bytes_per_step, s.mean, error, fmt=marker, capsize=2, label=s.method)
-        axis.set(xscale="log", xlabel="bytes per rank and step", ylabel=metric, title=f"{task}, {ranks} ranks")
+        axis.set(xscale="log", xlabel="bytes per rank and step", ylabel=mine[0].metric)
+        axis.set_title(f"{task}, {ranks} ranks, {epochs} epochs")
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()

@@ -59,6 +59,7 @@ class _Training:
             | {
                 "metric_name": self.task.metric,
                 "bytes_per_rank_per_step": sent_bytes / self.setting.steps,
+                "epochs": self.epochs,
                 "steps": self.setting.steps,
                 "seconds": seconds,
             }

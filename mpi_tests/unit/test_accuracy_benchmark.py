@@ -18,7 +18,8 @@ from accuracy_report import half_width, markdown, summarize
 
 
 def rows_of(method, metrics, **more):
-    fixed = {"task": "digits", "ranks": 2, "metric_name": "accuracy", "bytes_per_rank_per_step": 100.0, **more}
+    fixed = {"task": "digits", "ranks": 2, "epochs": 1, "metric_name": "accuracy", "bytes_per_rank_per_step": 100.0}
+    fixed |= more
     return [{**fixed, "method": method, "seed": seed, "metric": metric} for seed, metric in metrics.items()]
 
 
@@ -38,7 +39,9 @@ def test_differences_are_paired_by_seed_whatever_the_order():
 
 
 def test_a_dense_twin_is_a_line_of_its_own_and_places_are_apart():
-    rows = rows_of("none", {0: 90.0}) + rows_of("none", {0: 50.0}, ranks=8)
+    rows = (
+        rows_of("none", {0: 90.0}) + rows_of("none", {0: 50.0}, ranks=8) + rows_of("none", {0: 70.0}, ranks=8, epochs=2)
+    )
     rows += rows_of("acdc", {0: 89.0}, dense_twin_metric=92.0, ranks=8)
     found = {(s.ranks, s.method): s.difference for s in summarize(rows) if s.method != "none"}
     assert found == {(8, "acdc"): 39.0, (8, "acdc, dense twin"): 42.0}
