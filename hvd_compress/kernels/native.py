@@ -48,9 +48,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_magnitudes": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_largest": (c_int32, [c_void_p, c_int, c_size_t]),
     "hc_ternary_encode": (None, [c_void_p, c_int, c_size_t, c_float, c_float, c_uint64, c_void_p]),
-    "hc_ternary_sum": (None, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
+    "hc_ternary_sum": (c_int32, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_quantise_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_int, c_uint64, c_void_p]),
-    "hc_quantise_sum": (None, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_float, c_void_p]),
+    "hc_quantise_sum": (c_int32, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_float, c_void_p]),
     "hc_accumulate": (c_int32, [c_void_p, c_int, c_size_t, c_void_p, c_void_p]),
     "hc_topk_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p]),
     "hc_threshold_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_float, c_void_p, c_size_t]),
@@ -65,7 +65,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_prune_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_prune_dense": (c_uint64, [c_void_p, c_size_t, c_float, c_uint64, c_void_p, c_void_p]),
     "hc_bfloat_encode": (c_int, [c_void_p, c_int, c_size_t, c_void_p]),
-    "hc_bfloat_sum": (None, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
+    "hc_bfloat_sum": (c_int32, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_solve": (c_int, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p]),
 }
 
@@ -150,8 +150,7 @@ def ternary_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> floa
     _expect(payloads, 4 + ternary_bytes(out.numel()))
     scalers = (c_float * len(payloads))(*(c_float.from_address(p.data_ptr()).value for p in payloads))
     codes = _addresses(payloads, 4)
-    _library.hc_ternary_sum(codes, scalers, len(payloads), out.numel(), divisor, out.data_ptr())
-    return largest(out)
+    return _magnitude(_library.hc_ternary_sum(codes, scalers, len(payloads), out.numel(), divisor, out.data_ptr()))
 
 
 def quantise_encode(gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, payload: Tensor) -> int:
@@ -164,9 +163,8 @@ def quantise_encode(gradient: Tensor, bits: int, bucket_size: int, l2: bool, key
 def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, divisor: float, out: Tensor) -> float:
     assert _library is not None
     _expect(payloads, quantised_bytes(out.numel(), bits, bucket_size))
-    addresses = _addresses(payloads)
-    _library.hc_quantise_sum(addresses, len(payloads), out.numel(), bits, bucket_size, divisor, out.data_ptr())
-    return largest(out)
+    shape = len(payloads), out.numel(), bits, bucket_size, divisor, out.data_ptr()
+    return _magnitude(_library.hc_quantise_sum(_addresses(payloads), *shape))
 
 
 def bfloat_encode(gradient: Tensor, payload: Tensor) -> int:
@@ -178,8 +176,8 @@ def bfloat_encode(gradient: Tensor, payload: Tensor) -> int:
 def bfloat_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
     assert _library is not None
     _expect(payloads, 2 * out.numel())
-    _library.hc_bfloat_sum(_addresses(payloads), len(payloads), out.numel(), divisor, out.data_ptr())
-    return largest(out)
+    shape = len(payloads), out.numel(), divisor, out.data_ptr()
+    return _magnitude(_library.hc_bfloat_sum(_addresses(payloads), *shape))
 
 
 def accumulate(gradient: Tensor, residual: Tensor | None, kept: Tensor) -> float:

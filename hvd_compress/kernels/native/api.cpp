@@ -90,9 +90,9 @@ HC_API void hc_ternary_encode(
     level->ternary_encode(x, type, numel, bound, scaler, key, codes);
 }
 
-HC_API void hc_ternary_sum(
+HC_API int32_t hc_ternary_sum(
     const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
-    level->ternary_sum(codes, scalers, ranks, numel, divisor, out);
+    return level->ternary_sum(codes, scalers, ranks, numel, divisor, out);
 }
 
 HC_API int hc_quantise_encode(
@@ -100,9 +100,9 @@ HC_API int hc_quantise_encode(
     return level->quantise_encode(x, type, numel, bits, bucket, l2, key, payload);
 }
 
-HC_API void hc_quantise_sum(
+HC_API int32_t hc_quantise_sum(
     const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out) {
-    level->quantise_sum(payloads, ranks, numel, bits, bucket, divisor, out);
+    return level->quantise_sum(payloads, ranks, numel, bits, bucket, divisor, out);
 }
 
 HC_API int32_t hc_accumulate(const void* x, int type, size_t numel, const float* residual, float* kept) {
@@ -161,8 +161,8 @@ HC_API int hc_bfloat_encode(const void* x, int type, size_t numel, uint8_t* out)
     return level->bfloat_encode(x, type, numel, out);
 }
 
-HC_API void hc_bfloat_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
-    level->bfloat_sum(payloads, ranks, numel, divisor, out);
+HC_API int32_t hc_bfloat_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
+    return level->bfloat_sum(payloads, ranks, numel, divisor, out);
 }
 
 HC_API int hc_solve(

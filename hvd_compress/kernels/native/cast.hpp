@@ -2,6 +2,7 @@
 #pragma once
 
 #include "load.hpp"
+#include "quotient.hpp"
 
 namespace HC_LEVEL {
 
@@ -20,31 +21,32 @@ template <class T> int bfloat_encode(const T* x, size_t numel, uint8_t* out) {
         const I8 rounded = round_to_bfloat(v);
         // A NaN may round past the end of its exponent: its own bits tell.
         largest = imax(largest, imax(shl<16>(rounded) & iset(INT32_MAX), magnitude_bits(v)));
-        int32_t words[LANES];
-        uint16_t halves[LANES];
-        istore(words, rounded);
-        for (int lane = 0; lane < LANES; lane++) {
-            halves[lane] = static_cast<uint16_t>(words[lane]);
+        uint8_t halves[2 * LANES];
+        store_halves(present == LANES ? out + 2 * i : halves, rounded);
+        if (present < LANES) {
+            std::memcpy(out + 2 * i, halves, 2 * present);
         }
-        std::memcpy(out + 2 * i, halves, 2 * present);
     }
     return top(largest) >= INFINITY_BITS ? -1 : 0;
 }
 
-inline void bfloat_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
-    const F8 divisors = fset(divisor);
+// Adds up what the ranks sent. Returns the largest magnitude as bits.
+template <bool STREAMED>
+int32_t bfloat_sum_as(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
+    Quotients<STREAMED> quotients(out, numel, divisor);
     for (size_t i = 0; i < numel; i += LANES) {
-        const size_t present = numel - i < LANES ? numel - i : LANES;
         F8 total = fset(0);
         for (int r = 0; r < ranks; r++) {
-            BFloat values[LANES] = {};
-            std::memcpy(values, payloads[r] + 2 * i, 2 * present);
-            total = total + load(values);
+            const BFloat* values = reinterpret_cast<const BFloat*>(payloads[r]) + i;
+            total = total + (numel - i >= LANES ? load(values) : load(values, numel - i));
         }
-        float eight[LANES];
-        fstore(eight, divisor == 1 ? total : total / divisors);
-        std::memcpy(out + i, eight, present * sizeof(float));
+        quotients.put(i, total);
     }
+    return quotients.end();
+}
+
+inline int32_t bfloat_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
+    return (can_stream(out, numel) ? bfloat_sum_as<true> : bfloat_sum_as<false>)(payloads, ranks, numel, divisor, out);
 }
 
 }  // namespace HC_LEVEL

@@ -29,9 +29,6 @@ inline void fstore(float* p, F8 a, size_t count) {
     std::memcpy(p, eight, count * sizeof(float));
 }
 
-// Results this large go around the caches.
-inline bool passes_caches(size_t numel) { return numel * sizeof(float) >= size_t{8} << 20; }
-
 // Elements up to the next multiple of 32 bytes, `limit` at most.
 inline size_t unaligned(const float* p, size_t limit) {
     const size_t count = (32 - reinterpret_cast<uintptr_t>(p) % 32) % 32 / sizeof(float);

@@ -76,9 +76,11 @@ int quantise_encode_(
     });
 }
 
-void quantise_sum_(
+int32_t quantise_sum_(
     const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out) {
-    with_bits(bits, [&](auto b) { quantise_sum_as<b.value>(payloads, ranks, numel, bucket, divisor, out); });
+    return with_bits(bits, [&](auto b) {
+        return quantise_sum_as<b.value>(payloads, ranks, numel, bucket, divisor, out);
+    });
 }
 
 int32_t accumulate_(const void* x, int type, const float* residual, float* kept, size_t numel) {

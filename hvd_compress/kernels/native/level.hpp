@@ -15,11 +15,11 @@ struct Level {
     int32_t (*largest)(const void* x, int type, size_t numel);
     void (*ternary_encode)(
         const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, uint8_t* codes);
-    void (*ternary_sum)(
+    int32_t (*ternary_sum)(
         const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out);
     int (*quantise_encode)(
         const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload);
-    void (*quantise_sum)(
+    int32_t (*quantise_sum)(
         const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out);
     int32_t (*accumulate)(const void* x, int type, const float* residual, float* kept, size_t numel);
     int64_t (*topk_encode)(
@@ -43,7 +43,7 @@ struct Level {
         const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out);
     uint64_t (*prune_dense)(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum);
     int (*bfloat_encode)(const void* x, int type, size_t numel, uint8_t* out);
-    void (*bfloat_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);
+    int32_t (*bfloat_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);
     int (*solve)(
         const int32_t* units, const double* costs, int32_t layers, int32_t candidates, int32_t levels, double* table,
         int32_t* choice);

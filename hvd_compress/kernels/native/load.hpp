@@ -59,6 +59,9 @@ template <class T> void prefetch_ahead(const T* p, size_t count) {
     }
 }
 
+// Results this large go around the caches: what a step computes before it needs them again would push them out.
+inline bool passes_caches(size_t numel) { return numel * sizeof(float) >= size_t{1} << 20; }
+
 // A long array is read in as many places at once: one stream alone leaves a part of the memory's bandwidth unused.
 constexpr int STREAMS = 4;
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "load.hpp"
+#include "quotient.hpp"
 #include "random.hpp"
 #include "ternary.hpp"
 
@@ -126,50 +127,64 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
     return 0;
 }
 
-// Adds up what the ranks sent: payloads of norms and codes. A code that encode never writes becomes NaN.
-template <int BITS>
-void quantise_sum_as(const uint8_t* const* payloads, int ranks, size_t numel, size_t bucket, float divisor, float* out) {
+// Adds up what the ranks sent: payloads of norms and codes. A code that encode never writes becomes NaN. Returns the
+// largest magnitude as bits.
+template <int BITS, bool STREAMED>
+int32_t quantise_sum_as(
+    const uint8_t* const* payloads, int ranks, size_t numel, size_t bucket, float divisor, float* out) {
     const size_t buckets = (numel + bucket - 1) / bucket;
-    const I8 levels = iset(BITS == 1 ? 0 : levels_of(BITS)), all = iset((1 << BITS) - 1);
-    const F8 divisors = fset(divisor), invalid = fset(__builtin_nanf(""));
+    const I8 levels = iset(BITS == 1 ? 0 : levels_of(BITS)), most = levels + levels, all = iset((1 << BITS) - 1);
+    const F8 invalid = fset(__builtin_nanf(""));
+    Quotients<STREAMED> quotients(out, numel, divisor);
     for (size_t i = 0; i < numel; i += QUANTISED_BLOCK) {
         F8 totals[BLOCK_ROWS];
-        for (int row = 0; row < BLOCK_ROWS; row++) {
-            totals[row] = fset(0);
-        }
         const size_t count = numel - i < QUANTISED_BLOCK ? numel - i : QUANTISED_BLOCK;
         const int rows = static_cast<int>((count + LANES - 1) / LANES);
         for (int r = 0; r < ranks; r++) {
             const uint8_t* codes = payloads[r] + 4 * buckets + i / 8 * BITS;
+            float units[BLOCK_ROWS] = {};
+            for (int row = 0; row < rows;) {
+                const size_t start = i + static_cast<size_t>(row) * LANES, number = start / bucket;
+                float norm;
+                std::memcpy(&norm, payloads[r] + 4 * number, 4);
+                const float unit = norm / levels_of(BITS);
+                const size_t left = ((number + 1) * bucket - start) / LANES, rest = static_cast<size_t>(rows - row);
+                for (const int end = rest < left ? rows : row + static_cast<int>(left); row < end; row++) {
+                    units[row] = unit;
+                }
+            }
             I8 words[BITS];
             for (int w = 0; w < BITS; w++) {
                 words[w] = iload(codes + w * 32);
             }
-            for (int row = 0; row < rows; row++) {
-                float norm;
-                std::memcpy(&norm, payloads[r] + 4 * ((i + static_cast<size_t>(row) * LANES) / bucket), 4);
+            HC_UNROLL(32)
+            for (int row = 0; row < BLOCK_ROWS; row++) {
                 const int bit = row * BITS, word = bit / 32, offset = bit % 32;
                 I8 code = shr(words[word], offset);
                 if (offset + BITS > 32) {
                     code = code | shl(words[word + 1], 32 - offset);
                 }
                 code = code & all;
-                const F8 unit = fset(norm / levels_of(BITS));
                 const I8 level = BITS == 1 ? code + code - iset(1) : code - levels;
-                F8 value = to_float(level) * unit;
+                F8 value = to_float(level) * fset(units[row]);
                 if (BITS > 1) {
-                    value = select(igreater(code, levels + levels), invalid, value);
+                    value = select(igreater(code, most), invalid, value);
                 }
-                totals[row] = totals[row] + value;
+                totals[row] = (r ? totals[row] : fset(0)) + value;
             }
         }
         for (int row = 0; row < rows; row++) {
-            float eight[LANES];
-            const size_t first = i + static_cast<size_t>(row) * LANES;
-            fstore(eight, divisor == 1 ? totals[row] : totals[row] / divisors);
-            std::memcpy(out + first, eight, (numel - first < LANES ? numel - first : LANES) * sizeof(float));
+            quotients.put(i + static_cast<size_t>(row) * LANES, totals[row]);
         }
     }
+    return quotients.end();
+}
+
+template <int BITS>
+int32_t quantise_sum_as(
+    const uint8_t* const* payloads, int ranks, size_t numel, size_t bucket, float divisor, float* out) {
+    const auto sum = can_stream(out, numel) ? quantise_sum_as<BITS, true> : quantise_sum_as<BITS, false>;
+    return sum(payloads, ranks, numel, bucket, divisor, out);
 }
 
 }  // namespace HC_LEVEL

@@ -3,6 +3,7 @@
 
 #include "compact.hpp"
 #include "feedback.hpp"
+#include "quotient.hpp"
 
 namespace HC_LEVEL {
 
@@ -170,12 +171,13 @@ inline int64_t sparse_positions(const uint8_t* payload, size_t length, size_t nu
 
 // out = sum / divisor, and zeros again in `sum`.
 inline void settle(float* sum, size_t numel, float divisor, float* out, bool streamed) {
-    const F8 divisors = fset(divisor), zero = fset(0);
+    const Divisor divide(divisor);
+    const F8 zero = fset(0);
     const Accumulated<float> x = {sum, nullptr};
     write_rows(out, 0, numel, streamed, [&](size_t i, size_t present) HC_INLINE {
         const F8 v = x(i, present);
         fstore(sum + i, zero, present);
-        return divisor == 1 ? v : v / divisors;
+        return divide(v);
     });
 }
 

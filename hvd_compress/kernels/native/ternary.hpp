@@ -3,12 +3,12 @@
 #pragma once
 
 #include "load.hpp"
+#include "quotient.hpp"
 #include "random.hpp"
 
 namespace HC_LEVEL {
 
-constexpr size_t TERNARY_BLOCK = 128;                  // elements in eight words
-constexpr size_t STREAM_BYTES = size_t{8} << 20;       // results this large pass by the caches
+constexpr size_t TERNARY_BLOCK = 128;  // elements in eight words
 
 // Largest |x| as bits, and the sums of x - shift and (x - shift)^2 in float64.
 struct Moments {
@@ -151,11 +151,10 @@ constexpr int FEW_RANKS = 4;
 
 // Sum over `ranks` of scaler * code, in rank order, divided by `divisor`. RANKS is `ranks` where that is known, or 0.
 template <int RANKS, bool STREAMED>
-void ternary_sum(const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
+int32_t ternary_sum(
+    const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
     const int count = RANKS ? RANKS : ranks;
-    int32_t divisor_bits = as_int(divisor);
-    const bool exact = (divisor_bits & 0x7fffff) == 0;  // a power of two: its reciprocal gives the same bits
-    const F8 factor = fset(exact ? 1 / divisor : divisor);
+    Quotients<STREAMED> quotients(out, numel, divisor);
     F8 few[FEW_RANKS];
     for (int r = 0; r < (RANKS ? RANKS : 0); r++) {
         const float s = scalers[r], entries[LANES] = {0, s, -s, __builtin_nanf(""), 0, s, -s, __builtin_nanf("")};
@@ -180,29 +179,20 @@ void ternary_sum(const uint8_t* const* codes, const float* scalers, int ranks, s
                     total = total + lookup(fload(entries), word);
                 }
             }
-            total = exact ? total * factor : total / factor;
-            const size_t first = i + row * LANES;
-            if (numel - first >= LANES) {
-                STREAMED ? fstream(out + first, total) : fstore(out + first, total);
-            } else {
-                float rest[LANES];
-                fstore(rest, total);
-                std::memcpy(out + first, rest, (numel - first) * sizeof(float));
-            }
+            quotients.put(i + row * LANES, total);
         }
     }
-    if (STREAMED) {
-        fence();
-    }
+    return quotients.end();
 }
 
 template <int RANKS>
-void ternary_sum(const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
-    const bool streamed = numel * sizeof(float) >= STREAM_BYTES && reinterpret_cast<uintptr_t>(out) % 32 == 0;
-    (streamed ? ternary_sum<RANKS, true> : ternary_sum<RANKS, false>)(codes, scalers, ranks, numel, divisor, out);
+int32_t ternary_sum(
+    const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
+    const auto sum = can_stream(out, numel) ? ternary_sum<RANKS, true> : ternary_sum<RANKS, false>;
+    return sum(codes, scalers, ranks, numel, divisor, out);
 }
 
-inline void ternary_sum(
+inline int32_t ternary_sum(
     const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
     switch (ranks) {
         case 1: return ternary_sum<1>(codes, scalers, ranks, numel, divisor, out);

@@ -54,6 +54,12 @@ inline I8 imin(I8 a, I8 b) { return {_mm256_min_epi32(a.v, b.v)}; }
 inline I8 times_sign(I8 a, I8 b) { return {_mm256_sign_epi32(a.v, b.v)}; }  // a * sign(b)
 inline Mask igreater(I8 a, I8 b) { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
 
+// The low halves of all lanes, none of which is above 0xffff.
+inline void store_halves(void* p, I8 a) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.v, a.v), 0x08);
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
 inline F8 fset(float x) { return {_mm256_set1_ps(x)}; }
 inline F8 fload(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void fstore(float* p, F8 a) { _mm256_storeu_ps(p, a.v); }
@@ -145,6 +151,13 @@ inline I8 imax(I8 a, I8 b) { I8 r; HC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
 inline I8 imin(I8 a, I8 b) { I8 r; HC_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
 inline I8 times_sign(I8 a, I8 b) { I8 r; HC_EACH(b.v[i] < 0 ? -a.v[i] : b.v[i] > 0 ? a.v[i] : 0) }
 inline Mask igreater(I8 a, I8 b) { I8 r; HC_EACH(-HC_S(a.v[i] > b.v[i])) }
+
+inline void store_halves(void* p, I8 a) {
+    for (int i = 0; i < 8; i++) {
+        const uint16_t half = static_cast<uint16_t>(a.v[i]);
+        std::memcpy(static_cast<char*>(p) + 2 * i, &half, 2);
+    }
+}
 
 inline F8 fset(float x) { F8 r; HC_EACH(x) }
 inline F8 fload(const float* p) {
