@@ -51,13 +51,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     groups: dict[tuple[str, int, int, str], dict[int, Row]] = {}
     for row in rows:
         groups.setdefault((row["task"], row["ranks"], row["epochs"], row["method"]), {})[row["seed"]] = row
-    places = list(dict.fromkeys(key[:3] for key in groups))
-    return [
-        _summary(key, of_seed, groups.get((*place, BASELINE), {}))
-        for place in places
-        for key, of_seed in groups.items()
-        if key[:3] == place
-    ]
+    return [_summary(key, of_seed, groups.get((*key[:3], BASELINE), {})) for key, of_seed in groups.items()]
 
 
 def _summary(key: tuple[str, int, int, str], of_seed: Mapping[int, Row], baseline: Mapping[int, Row]) -> Summary:
