@@ -88,11 +88,8 @@ int64_t adacomp_encode(
                 const Choice c = *choice++;
                 if (sizeof(Token) == 1) {  // short bins, each of which mostly sends some
                     out.mark_all(i, c.sent, c.negative);
-                    return;
-                }
-                for (uint64_t sent = c.sent; sent; sent &= sent - 1) {
-                    const int place = __builtin_ctzll(sent);
-                    out.mark(i + static_cast<size_t>(place), c.negative >> place & 1);
+                } else {
+                    out.mark_each(i, c.sent, c.negative);
                 }
             });
         }

@@ -23,12 +23,6 @@ template <class T> struct Accumulated {
     F8 operator()(size_t i, size_t count) const { return add_residual(gradients(i, count), i, count); }
 };
 
-inline void fstore(float* p, F8 a, size_t count) {
-    float eight[LANES];
-    fstore(eight, a);
-    std::memcpy(p, eight, count * sizeof(float));
-}
-
 // Elements up to the next multiple of 32 bytes, `limit` at most.
 inline size_t unaligned(const float* p, size_t limit) {
     const size_t count = (32 - reinterpret_cast<uintptr_t>(p) % 32) % 32 / sizeof(float);

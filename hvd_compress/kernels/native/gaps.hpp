@@ -44,8 +44,15 @@ template <class Token> struct GapWriter {
         put(skip + negative * (Gap<Token>::LIMIT + 1));
         next = position + 1;
     }
-    // Marks first + i for each bit i of `mask`, negative where `signs` has it, too. Few marks are written as if they were
-    // FEW, since how many there are cannot be guessed.
+    // Marks first + i for each bit i of `mask`, negative where `signs` has it, too.
+    HC_INLINE void mark_each(size_t first, uint64_t mask, uint64_t signs) {
+        for (; mask; mask &= mask - 1) {
+            const int place = __builtin_ctzll(mask);
+            mark(first + static_cast<size_t>(place), signs >> place & 1);
+        }
+    }
+    // The same where some marks are likely. Few are written as if they were FEW, since how many there are cannot be
+    // guessed.
     HC_INLINE void mark_all(size_t first, uint64_t mask, uint64_t signs) {
         constexpr size_t FEW = 4;
         const size_t count = static_cast<size_t>(__builtin_popcountll(mask));
@@ -70,10 +77,7 @@ template <class Token> struct GapWriter {
 private:
     // By value: where its address is taken, the compiler expects every token that is written to change the writer.
     static __attribute__((noinline)) GapWriter after_many(GapWriter out, size_t first, uint64_t mask, uint64_t signs) {
-        for (; mask; mask &= mask - 1) {
-            const int place = __builtin_ctzll(mask);
-            out.mark(first + static_cast<size_t>(place), signs >> place & 1);
-        }
+        out.mark_each(first, mask, signs);
         return out;
     }
 };

@@ -50,6 +50,12 @@ template <class T> F8 load(const T* p, size_t count) {
     return load(padded);
 }
 
+inline void fstore(float* p, F8 a, size_t count) {
+    float eight[LANES];
+    fstore(eight, a);
+    std::memcpy(p, eight, count * sizeof(float));
+}
+
 // Asks for what `count` elements at `p` will be followed by some way on; addresses past the end do no harm.
 constexpr size_t AHEAD_BYTES = 4096, CACHE_LINE = 64;
 template <class T> void prefetch_ahead(const T* p, size_t count) {

@@ -56,6 +56,12 @@ template <int BITS> I8 quantise(F8 x, F8 factor, I8 random) {
     return levels + times_sign(imin(truncate(whole) - up, levels), as_int(x));
 }
 
+// Where in a block the bucket ends that `start`, the first element of a row, is in: a row, `rows` at most.
+inline size_t bucket_end(size_t start, size_t bucket, size_t row, size_t rows) {
+    const size_t left = (bucket - start % bucket) / LANES;
+    return rows - row < left ? rows : row + left;
+}
+
 // Returns 0, or -1 where a value is not finite. `bucket` is a multiple of eight.
 template <int BITS, class T>
 int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_t key, uint8_t* norms, uint8_t* codes) {
@@ -84,8 +90,7 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
                 }
                 std::memcpy(norms + 4 * known++, &norm, 4);
             }
-            const size_t left = (known * bucket - start) / LANES;
-            for (const size_t end = rows - row < left ? rows : row + left; row < end; row++) {
+            for (const size_t end = bucket_end(start, bucket, row, rows); row < end; row++) {
                 factors[row] = factor;
             }
         }
@@ -139,17 +144,16 @@ int32_t quantise_sum_as(
     for (size_t i = 0; i < numel; i += QUANTISED_BLOCK) {
         F8 totals[BLOCK_ROWS];
         const size_t count = numel - i < QUANTISED_BLOCK ? numel - i : QUANTISED_BLOCK;
-        const int rows = static_cast<int>((count + LANES - 1) / LANES);
+        const size_t rows = (count + LANES - 1) / LANES;
         for (int r = 0; r < ranks; r++) {
             const uint8_t* codes = payloads[r] + 4 * buckets + i / 8 * BITS;
             float units[BLOCK_ROWS] = {};
-            for (int row = 0; row < rows;) {
-                const size_t start = i + static_cast<size_t>(row) * LANES, number = start / bucket;
+            for (size_t row = 0; row < rows;) {
+                const size_t start = i + row * LANES;
                 float norm;
-                std::memcpy(&norm, payloads[r] + 4 * number, 4);
+                std::memcpy(&norm, payloads[r] + 4 * (start / bucket), 4);
                 const float unit = norm / levels_of(BITS);
-                const size_t left = ((number + 1) * bucket - start) / LANES, rest = static_cast<size_t>(rows - row);
-                for (const int end = rest < left ? rows : row + static_cast<int>(left); row < end; row++) {
+                for (const size_t end = bucket_end(start, bucket, row, rows); row < end; row++) {
                     units[row] = unit;
                 }
             }
@@ -173,8 +177,8 @@ int32_t quantise_sum_as(
                 totals[row] = (r ? totals[row] : fset(0)) + value;
             }
         }
-        for (int row = 0; row < rows; row++) {
-            quotients.put(i + static_cast<size_t>(row) * LANES, totals[row]);
+        for (size_t row = 0; row < rows; row++) {
+            quotients.put(i + row * LANES, totals[row]);
         }
     }
     return quotients.end();

@@ -30,9 +30,7 @@ template <bool STREAMED> struct Quotients {
         if (numel - first >= LANES) {
             STREAMED ? fstream(out + first, quotient) : fstore(out + first, quotient);
         } else {
-            float eight[LANES];
-            fstore(eight, quotient);
-            std::memcpy(out + first, eight, (numel - first) * sizeof(float));
+            fstore(out + first, quotient, numel - first);
             quotient = load(out + first, numel - first);
         }
         largest = imax(largest, magnitude_bits(quotient));

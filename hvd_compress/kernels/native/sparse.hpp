@@ -126,7 +126,8 @@ struct SparseReader {
     }
 };
 
-inline int check_sparse(const uint8_t* payload, size_t length, size_t numel) {
+// Returns what is wrong, or 0; calls each(position) for those up to there.
+template <class F> int check_sparse(const uint8_t* payload, size_t length, size_t numel, F each) {
     uint64_t entries;
     const int code = check_counts(payload, length, numel, &entries);
     if (code) {
@@ -144,6 +145,7 @@ inline int check_sparse(const uint8_t* payload, size_t length, size_t numel) {
                 return SPARSE_UNORDERED;
             }
             previous = place;
+            each(begin + place);
         }
     }
     return 0;
@@ -151,22 +153,10 @@ inline int check_sparse(const uint8_t* payload, size_t length, size_t numel) {
 
 // The positions in a payload as int64, of which there are as many as it has entries; or -1 for one that makes no sense.
 inline int64_t sparse_positions(const uint8_t* payload, size_t length, size_t numel, int64_t* positions) {
-    if (check_sparse(payload, length, numel)) {
-        return -1;
-    }
-    uint64_t entries;
-    check_counts(payload, length, numel, &entries);
-    const uint8_t* places = payload + 4 * (sparse_chunks(numel) + entries);
-    for (size_t begin = 0; begin < numel; begin += SPARSE_CHUNK, payload += 4) {
-        uint32_t count;
-        std::memcpy(&count, payload, 4);
-        for (; count; count--, places += 2, positions++) {
-            uint16_t place;
-            std::memcpy(&place, places, 2);
-            *positions = static_cast<int64_t>(begin + place);
-        }
-    }
-    return static_cast<int64_t>(entries);
+    int64_t* next = positions;
+    const int code = check_sparse(
+        payload, length, numel, [&](size_t position) { *next++ = static_cast<int64_t>(position); });
+    return code ? -1 : next - positions;
 }
 
 // out = sum / divisor, and zeros again in `sum`.
@@ -214,7 +204,7 @@ inline int sparse_sum(
     float total = 0;  // rounded as the sum is, hence never less
     for (int r = 0; r < ranks; r++) {
         if (!sound) {
-            const int code = check_sparse(payloads[r], lengths[r], numel);
+            const int code = check_sparse(payloads[r], lengths[r], numel, [](size_t) {});
             if (code) {
                 return -(ERROR_CODES * r + code);
             }
