@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from .adaptive import Controller
+from .agreement import agree, mismatch
 from .binding import Binding
 from .compressors import Compressor, NoneCompressor, Slot, SparseGatherer, rate_of, relative_error
 from .engine import Engine, Ticket, cut
@@ -20,6 +22,7 @@ from .memory import FACTOR, THRESHOLD, ErrorFeedback, owner, share
 from .telemetry import Telemetry
 from .transports.base import Transport
 
+CONTROL, OPENING, CLOSING = range(3)  # indices after those of the parameters
 Progress = tuple[Any, ...]  # steps, loss scale; state of the controller, if there is one
 
 NONE = NoneCompressor()
@@ -60,9 +63,14 @@ class Session:
         self._binding: Binding | None = None
         self._engine: Engine | None = None
         self._step = 0
+        self._frozen: dict[int, Slot] = {}  # under way, of parameters that are frozen meanwhile
+        self._begun = False  # some gradient of this step was handed in
         self._finished = False  # some gradient of this step is finished
         self._finite = True  # no tensor of this step was seen to be non-finite
         self._counted = False  # telemetry knows of this step
+        self._opening: Ticket | None = None  # by which the ranks compare what decides the collectives of this step
+        self._sees_steps = False  # the optimizer tells when it has made a step,
+        self._applied = False  # as it has by the gradients of this one
         self._seen: dict[int, dict[str, Any]] = {}  # by parameter: what telemetry is to record besides bytes
         # Exchanges divide sums by what the last step asked for; the same on every rank, else their bits would differ.
         self._divisor = self._wanted_divisor = 1.0
@@ -75,9 +83,10 @@ class Session:
 
     @property
     def binding(self) -> Binding:
-        if self._binding is None:
-            raise ValueError(f"{self!r} does not know its parameters: call it with model.named_parameters()")
-        return self._binding
+        return self._binding or self._refuse_unbound()
+
+    def _refuse_unbound(self) -> NoReturn:
+        raise ValueError(f"{self!r} does not know its parameters: call it with model.named_parameters()")
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -117,9 +126,10 @@ class Session:
             slot.rank, slot.size, slot.cache = transport.rank, transport.size, None
         self._divisor = self._wanted_divisor = 1.0
         buckets = cut(sizes, self.bucket_bytes)
+        # What is not of a parameter goes under the indices after the parameters'.
+        buckets += [[len(self.slots) + extra] for extra in (CONTROL, OPENING, CLOSING)]
         if self.controller is not None:
             self.controller.attach(transport)
-            buckets.append([len(self.slots)])
         self._engine = make_engine(transport, buckets)
         self._engine.telemetry = self.telemetry
         return self._engine
@@ -137,14 +147,40 @@ class Session:
 
         in_place: the result may take its place, and its memory.
         """
-        assert self._engine is not None, "attach first"
-        self.settle()
+        self.begin()
         return self._start(index, self._compressor_of(index, gradient), gradient, in_place=in_place)
 
-    def _start(self, index: int, compressor: Compressor, gradient: Tensor, *, in_place: bool) -> Ticket:
+    def begin(self) -> None:
+        """Before a gradient is handed in: end the step before, and have the ranks agree on this one if it is the first.
+
+        Raises MismatchError or MaskError on every rank if they do not, at once where the transport allows to wait.
+        """
+        engine = self._engine
+        assert engine is not None, "attach first"
+        self.settle()
+        if self._begun:
+            return
+        self._begun = True
+        if self.compressor.varies and self.size > 1:
+            states = self.compressor.terms(self.slots, self._step)
+            exchange = agree(self.rank, sorted(states.items()), lambda: states, self._disagreement)
+            self._opening = engine.submit(len(self.slots) + OPENING, exchange)
+            engine.confirm(self._opening)
+
+    def _disagreement(self, what: str, ranks_by_state: Mapping[str, list[int]]) -> Exception:
+        special = self.compressor.disagreement(what, ranks_by_state, self.size)
+        remedy = "Give every rank the same masks and schedules, and change them between the same two steps."
+        return special or mismatch(self._step, remedy)(what, ranks_by_state)
+
+    def _start(
+        self, index: int, compressor: Compressor, gradient: Tensor, *, in_place: bool, frozen: bool = False
+    ) -> Ticket:
         assert self._engine is not None
         slot = self.slots[index]
-        slot.out = gradient.detach().view(-1) if in_place and _is_flat32(gradient) else None
+        if frozen:  # its residual must not move it
+            slot = self._frozen[index] = dataclasses.replace(slot, memory=ErrorFeedback())
+        # By `data`: what is written there does not count as a change of the gradient by the user.
+        slot.out = gradient.data.view(-1) if in_place and _is_flat32(gradient) else None
         slot.divisor, slot.divided, slot.bound = self._divisor, False, None
         if self.controller is not None:
             self.controller.submitting(self._engine, slot, gradient)
@@ -156,6 +192,9 @@ class Session:
     def finish(self, ticket: Ticket, like: Tensor, *, average: bool) -> Tensor:
         """The sum or the mean over all ranks, in the shape and dtype of `like`; NaN if not finite on some rank."""
         assert self._engine is not None, "attach first"
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            self._engine.finish(opening)
         if self.controller is not None:
             self.controller.finishing(self._engine)
         total = self._engine.finish(ticket)
@@ -164,7 +203,7 @@ class Session:
         if total is None:
             self._finite = False
             return torch.full(like.shape, math.nan, dtype=like.dtype, device=like.device)
-        slot = self.slots[ticket.index]
+        slot = self._frozen.pop(ticket.index, self.slots[ticket.index])
         slot.out = None  # else the gradient's memory would stay in use until the next step
         divisor = float(self.size if average else 1)
         if (divided := slot.divisor if slot.divided else 1.0) != divisor:
@@ -172,6 +211,8 @@ class Session:
         self._wanted_divisor = divisor
         if not like.is_sparse:
             total = total.view(like.shape)
+            if not like.is_contiguous():  # such as channels_last
+                total = torch.empty_like(like, dtype=total.dtype).copy_(total)
         if total.dtype != like.dtype:
             total = total.to(like.dtype)
         if slot.bound is None or total.dtype != torch.float32:
@@ -186,10 +227,13 @@ class Session:
         return _SPARSE if gradient.is_sparse else self.compressor.chosen(slot) or NONE
 
     def settle(self) -> None:
-        """End the step whose gradients were finished, if any: residuals change, or stay if not all was finite."""
+        """End the step whose gradients were finished, if any: residuals change.
+
+        They stay if not all was finite, or if the optimizer, known to tell of its steps, has made none.
+        """
         if not self._finished:
             return
-        if self._finite:
+        if self._finite and (self._applied or not self._sees_steps):
             self.memory.commit()
         self.telemetry.settled(self._step)
         self._step += 1
@@ -198,11 +242,25 @@ class Session:
         self._drop_step()
         self._divisor = self._wanted_divisor
 
+    def step_made(self) -> None:
+        """The optimizer has made a step by the gradients that were finished; it tells each time, from now on."""
+        self._sees_steps = self._applied = True
+
+    def discard(self) -> None:
+        """Forget the gradients that were synchronized last, since no step was made by them: residuals stay.
+
+        For a script that throws synchronized gradients away; on every rank.
+        """
+        self._finite = False
+        self.settle()
+
     def _drop_step(self) -> None:
         self.memory.discard()
         if self.controller is not None:
             self.controller.drop()
-        self._finished, self._finite, self._counted = False, True, False
+        self._begun, self._finished, self._finite, self._counted = False, False, True, False
+        self._applied = False
+        self._opening = None
         self._seen.clear()
 
     def _watch(self, reduced: Tensor) -> None:

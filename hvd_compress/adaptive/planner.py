@@ -162,7 +162,7 @@ class Planner(Controller):
             plan = self._choose(step, Statistics(layers, errors, self._costs(layers), norms, self._norms))
         self._norms = {layer.name: float(norm) for layer, norm in zip(layers, norms)}
         self.seconds += time.perf_counter() - start
-        plan = yield Broadcast(plan, 0)
+        plan = yield Broadcast(plan, 0, last=True)
         return plan
 
     def _table(self, layers: Sequence[Layer], present: Sequence[float]) -> np.ndarray:

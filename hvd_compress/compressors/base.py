@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import kernels, wire
 from ..memory import ErrorFeedback
 from ..requests import Allgather, Allreduce, Exchange, Request
+from ..schedules import value_at
 
 
 @dataclass
@@ -67,6 +68,20 @@ class Compressor(abc.ABC):
         """Who exchanges this parameter in this step: the same on every rank. None for as it is."""
         return self if slot.compressed or self.takes_all else None
 
+    def terms(self, slots: Sequence[Slot], step: int) -> Mapping[str, str]:
+        """What decides the collectives of `step` besides the options, in words by what it is: schedules, masks."""
+        options = self.options().items()
+        return {name: repr(value_at(value, step)) for name, value in options if callable(value)}
+
+    @property
+    def varies(self) -> bool:
+        """Whether all ranks must compare `terms` before each step, since these may change while training runs."""
+        return any(callable(value) for value in self.options().values())
+
+    def disagreement(self, what: str, ranks_by_state: Mapping[str, Sequence[int]], size: int) -> Exception | None:
+        """The error for terms that differ; None for the usual one."""
+        return None
+
     def conflict(self, optimizer: torch.optim.Optimizer) -> str | None:
         """What is wrong with exchanging gradients for this optimizer so, and the remedy; None if nothing is."""
         return None
@@ -91,7 +106,7 @@ class SummedCompressor(Compressor):
         return total.to(dtype)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(self.summand(gradient))
+        total: Tensor = yield Allreduce(self.summand(gradient), last=True)
         return total.to(torch.float32 if gradient.dtype != torch.float64 else torch.float64).reshape(-1)
 
 
@@ -171,7 +186,7 @@ def gather_sum(
     sent = wire.Frame(
         compressor.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags
     )
-    answers: list[Tensor] = yield Allgather(wire.pack(sent, slot.frame))
+    answers: list[Tensor] = yield Allgather(wire.pack(sent, slot.frame), last=True)
     frames = unpack(sent, answers, slot)
     if not all(frame.finite for frame in frames):
         return None

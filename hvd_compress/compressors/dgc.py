@@ -66,7 +66,7 @@ class DGCCompressor(Compressor):
         k = entries_of(density, gradient.numel())
         velocity, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
         if not (slot.compressed and saves(gradient.numel(), k)):
-            total: Tensor = yield Allreduce(slot.memory.compensate(slot.name, step))
+            total: Tensor = yield Allreduce(slot.memory.compensate(slot.name, step), last=True)
             if max_abs(total) == math.inf:
                 return None
             self._propose(slot, velocity, torch.zeros_like(step))

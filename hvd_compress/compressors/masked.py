@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from .. import wire
 from ..requests import Allgather, Allreduce, Exchange
 from .base import Compressor, Slot, SummedCompressor, flat32, max_abs, unpack
+
+_MASK = "the mask of "
 
 
 class MaskSource(Protocol):
@@ -78,12 +80,29 @@ class MaskedCompressor(Compressor):
         return {"masks": type(self.masks).__name__, "dense": type(self.dense).__name__} | of_dense
 
     def chosen(self, slot: Slot) -> Compressor | None:
+        known = self._known(slot, slot.step)
+        usual = known.kept or self.dense.chosen(slot)
+        return _Compared(known, usual) if known.step == slot.step else usual
+
+    def _known(self, slot: Slot, step: int) -> _Known:
         source = self.masks() if callable(self.masks) else self.masks
         mask, known = source.masks.get(slot.name), slot.cache
         if known is None or known.version != source.version or known.mask is not mask:
-            known = slot.cache = _Known(source.version, mask, slot.step, None if mask is None else _kept(mask, slot))
-        usual = known.kept or self.dense.chosen(slot)
-        return _Compared(known, usual) if known.step == slot.step else usual
+            known = slot.cache = _Known(source.version, mask, step, None if mask is None else _kept(mask, slot))
+        return known
+
+    varies = True
+
+    def terms(self, slots: Sequence[Slot], step: int) -> Mapping[str, str]:
+        """Which masks are new in `step`, and the schedules of `dense`."""
+        new = [slot.name for slot in slots if self._known(slot, step).step == step]
+        return {**{f"{_MASK}{name}": "changed" for name in new}, **super().terms(slots, step)}
+
+    def disagreement(self, what: str, ranks_by_state: Mapping[str, Sequence[int]], size: int) -> Exception | None:
+        if not what.startswith(_MASK):
+            return None
+        _, unusual = ranks_by_state.values()
+        return MaskError(what[len(_MASK) :], list(unusual), size)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         raise AssertionError("only what is chosen exchanges")
@@ -112,7 +131,7 @@ class KeptCompressor(SummedCompressor):
         return dense.index_copy_(0, self.positions.to(total.device), total.to(dtype)).view(shape)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(self.summand(gradient))
+        total: Tensor = yield Allreduce(self.summand(gradient), last=True)
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         return self.restore(total, gradient.shape, dtype).view(-1)
 
@@ -145,11 +164,11 @@ class _Compared(Compressor):
             return (yield from self._first(self.known.kept, slot, gradient))
         if self.usual:
             return (yield from self.usual.exchange(slot, gradient))
-        total: Tensor = yield Allreduce(gradient if gradient.dtype == torch.float64 else flat32(gradient))
+        total: Tensor = yield Allreduce(gradient if gradient.dtype == torch.float64 else flat32(gradient), last=True)
         return total.view(-1)
 
     def _first(self, kept: KeptCompressor, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(kept.summand(slot.memory.compensate(slot.name, flat32(gradient))))
+        total: Tensor = yield Allreduce(kept.summand(slot.memory.compensate(slot.name, flat32(gradient))), last=True)
         if max_abs(total) == math.inf:
             return None
         if slot.name in slot.memory.residuals:

@@ -54,7 +54,7 @@ class PowerSGDCompressor(Compressor):
         rank = rank_of(gradient.shape, self.rate(slot))
         accumulated = slot.memory.compensate(slot.name, flat32(gradient))
         if not rank:
-            total: Tensor = yield Allreduce(accumulated)
+            total: Tensor = yield Allreduce(accumulated, last=True)
             if max_abs(total) == math.inf:
                 return None
             slot.memory.propose(slot.name, torch.zeros_like(accumulated))
@@ -68,7 +68,7 @@ class PowerSGDCompressor(Compressor):
             return None
         left = orthonormalise(left)
         right = (left.t() @ matrix).t().contiguous()
-        factor: Tensor = yield Allreduce(right)
+        factor: Tensor = yield Allreduce(right, last=True)
         if max_abs(factor) == math.inf:
             return None
         slot.memory.propose(slot.name, matrix.addmm_(left, right.t(), alpha=-1).view(-1))

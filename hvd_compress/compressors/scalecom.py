@@ -55,11 +55,11 @@ class ScaleComCompressor(Compressor):
             positions = positions.to(torch.int64)
             # A flag rides along, since what is not finite need not be at these positions.
             flag = accumulated.new_tensor([0.0 if finite else math.nan])
-            summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]))
+            summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]), last=True)
             total = torch.zeros_like(accumulated).index_copy_(0, positions, summed[:-1])
             accumulated[positions] = 0
         else:
-            summed = total = yield Allreduce(accumulated)
+            summed = total = yield Allreduce(accumulated, last=True)
             accumulated = torch.zeros_like(accumulated)
         if max_abs(summed) == math.inf:
             return None

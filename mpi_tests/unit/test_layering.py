@@ -28,7 +28,7 @@ LAYERS = [
     {"compression", "mpi", "local", "elastic"},
     {"gradient_compression"},
     {"session"},
-    {"ordered_engine", "adaptive"},
+    {"agreement", "step_check", "ordered_engine", "paced_engine", "adaptive"},
     {"training"},
     {"binding", "fingerprint", "engine"},
     {"transports"},
