@@ -103,7 +103,7 @@ class Bucket:
             if not ready:
                 self._wait(meanwhile)
             answered = [(posted.tickets, posted.take(self.telemetry, waited=not ready)) for posted in self._pending]
-            last = self.last
+            self._pending, last = [], self.last
             for tickets, answers in answered:
                 for ticket, answer in zip(tickets, answers):
                     ticket.advance(answer)
