@@ -24,7 +24,7 @@ from .log import SINGLE_RANK, log, warn_once
 from .paced_engine import PacedEngine
 from .schedules import describe
 from .session import CLOSING, NONE, Progress, Session, spanned
-from .step_check import GradientChangedError, Taken, problem_of
+from .step_check import GradientChangedError, Taken, called_by_grad_scaler, problem_of
 from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
@@ -181,6 +181,7 @@ class GradientCompression(Session):
         from an average and as the number of ranks from a sum, and a mark, by which sets of ranks are told apart.
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
+            self._taken.add(-1, tensor)
             return self.compressor.summand(tensor), _AddedUp(self.compressor, tensor, tensor._version)
         if self._is_stale():  # elastic Horovod does not tell when ranks only leave
             self.rejoin(self.progress)
@@ -226,7 +227,7 @@ class GradientCompression(Session):
             return tensor
         gradient = context.gradient
         if gradient._version != context.version:
-            raise GradientChangedError([f"a parameter of shape {tuple(gradient.shape)}"])
+            raise GradientChangedError.of([f"a parameter of shape {tuple(gradient.shape)}"])
         return context.compressor.restore(tensor, gradient.shape, gradient.dtype)
 
     def _close_step(self) -> None:
@@ -237,7 +238,10 @@ class GradientCompression(Session):
         """
         engine, step = self._engine, self._step
         taken, self._taken = self._taken, Taken()
+        by_scaler = called_by_grad_scaler()
         if isinstance(self.compressor, SummedCompressor) or not isinstance(engine, PacedEngine) or self.size == 1:
+            if by_scaler:
+                raise GradientChangedError.by_scaler()
             return
         changed = [self.names[index] for index in taken.changed()]
         problem = problem_of(self._optimizer(), self.compressor, self.binding)
@@ -250,9 +254,11 @@ class GradientCompression(Session):
             habits=sorted(taken.late),
         )
         ticket = engine.submit(len(self.slots) + CLOSING, exchange)
-        if changed or problem:
+        if changed or problem or by_scaler:
             engine.try_finish(ticket, _PATIENCE_SECONDS)
-            raise GradientChangedError(changed) if changed else ValueError(problem)
+            if by_scaler:
+                raise GradientChangedError.by_scaler()
+            raise GradientChangedError.of(changed) if changed else ValueError(problem)
         alike = engine.finish(ticket)
         if not (self.overlap and alike is not None and bool(alike)):
             self._paced_from = step + _UNPACED_STEPS
@@ -292,7 +298,8 @@ class GradientCompression(Session):
         marks = [_mark(member) for member in transport.members]
         self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
         self._carriers.clear()
-        engine = functools.partial(PacedEngine if transport.shared else Engine, prefix=f"hvd_compress.{self._roll.numbers.get(self._id, 0)}")
+        prefix = f"hvd_compress.{self._roll.numbers.get(self._id, 0)}"
+        engine = functools.partial(PacedEngine if transport.shared else Engine, prefix=prefix)
         self.attach(transport, engine, compressed_only=True)
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)

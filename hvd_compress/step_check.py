@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch import Tensor
 from .binding import Binding
 from .compressors import Compressor
 
+# torch.amp has it from torch 2.3 on.
+_GRAD_SCALERS = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
 _RECIPE = (
     "Clip, unscale or otherwise change gradients after they are synchronized: optimizer.synchronize(), then "
     "scaler.unscale_(optimizer) and clipping, then `with optimizer.skip_synchronize(): optimizer.step()` or "
@@ -19,12 +23,22 @@ _RECIPE = (
 
 
 class GradientChangedError(RuntimeError):
-    """Gradients were changed between backward(), which hands them over, and synchronize(); names them."""
+    """Gradients were changed between backward(), which hands them over, and synchronize()."""
 
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__(
+    @classmethod
+    def of(cls, names: Collection[str]) -> GradientChangedError:
+        """For these parameters."""
+        return cls(
             f"the gradient of {_some(names)} was changed after backward() had handed it over to be exchanged, and the "
             f"change would be lost. {_RECIPE}."
+        )
+
+    @classmethod
+    def by_scaler(cls) -> GradientChangedError:
+        """For a step that a GradScaler makes by gradients that are not synchronized."""
+        return cls(
+            "GradScaler.step() has looked for Inf in gradients, and unscaled them, that were not synchronized yet: "
+            f"each rank has seen its own alone, and what is exchanged is still scaled. {_RECIPE}."
         )
 
 
@@ -57,6 +71,16 @@ class Taken:
             state = "sparse" if sparse else "dense" if slot.index in self.gradients else "not there"
             said[f"the gradient of {slot.name!r}"] = "changed after backward()" if slot.index in changed else state
         return {**said, "the optimizer": problem or "all right"}
+
+
+def called_by_grad_scaler() -> bool:
+    """Whether a GradScaler's method is among the calls under way."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), _GRAD_SCALERS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def problem_of(optimizer: torch.optim.Optimizer | None, compressor: Compressor, binding: Binding) -> str | None:

@@ -84,8 +84,12 @@ class MaskedCompressor(Compressor):
         usual = known.kept or self.dense.chosen(slot)
         return _Compared(known, usual) if known.step == slot.step else usual
 
+    @property
+    def _source(self) -> MaskSource:
+        return self.masks() if callable(self.masks) else self.masks
+
     def _known(self, slot: Slot, step: int) -> _Known:
-        source = self.masks() if callable(self.masks) else self.masks
+        source = self._source
         mask, known = source.masks.get(slot.name), slot.cache
         if known is None or known.version != source.version or known.mask is not mask:
             known = slot.cache = _Known(source.version, mask, step, None if mask is None else _kept(mask, slot))
@@ -96,6 +100,7 @@ class MaskedCompressor(Compressor):
     def terms(self, slots: Sequence[Slot], step: int) -> Mapping[str, str]:
         """Which masks are new in `step`, and the schedules of `dense`."""
         new = [slot.name for slot in slots if self._known(slot, step).step == step]
+        new.sort(key=lambda name: name not in self._source.masks)  # those that have one are named first
         return {**{f"{_MASK}{name}": "changed" for name in new}, **super().terms(slots, step)}
 
     def disagreement(self, what: str, ranks_by_state: Mapping[str, Sequence[int]], size: int) -> Exception | None:
