@@ -178,6 +178,7 @@ class Engine:
         self._expected = {number: set(members) for number, members in enumerate(plan)}
         self._arrived: dict[int, set[int]] = {}  # since the last flush
         self._open: dict[str, Bucket] = {}
+        self._first: Ticket | None = None  # to be done before all others
         self._running: list[Bucket] = []
 
     def submit(self, index: int, exchange: Exchange) -> Ticket:
@@ -198,7 +199,8 @@ class Engine:
         return ticket
 
     def confirm(self, ticket: Ticket) -> None:
-        """Wait for this exchange before anything else is posted, where this engine can wait."""
+        """Take no other answer before this exchange is done; wait for it, where this engine can."""
+        self._first = ticket
 
     @property
     def collecting(self) -> bool:
@@ -207,6 +209,10 @@ class Engine:
 
     def poll(self) -> None:
         """Advance what can be advanced without waiting."""
+        if self._first is not None and not self._first.done:
+            self._first.bucket.advance(block=False)
+            if not self._first.done:
+                return
         for bucket in self._running:
             bucket.advance(block=False)
         self._running = [bucket for bucket in self._running if not bucket.finished.is_set()]
