@@ -75,6 +75,14 @@ class Compressor(abc.ABC):
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         """Exchange `gradient`, of any floating dtype and shape, which stays as it is; see requests.Exchange."""
 
+    def rate_of(self, slot: Slot) -> float | None:
+        """The density, bits or the like of this step: a controller's, or its own; None where there is no such thing."""
+        return None
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        """All that an exchange would send if it lost nothing, [numel]: the gradient, and what was not sent before."""
+        return slot.memory.compensate(slot.name, flat32(gradient)) if self.stateful else gradient.detach().reshape(-1)
+
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
@@ -113,8 +121,8 @@ class SparsifyingCompressor(Compressor):
         """As gather_sum's, of payloads of this slot."""
 
     @abc.abstractmethod
-    def rate(self, slot: Slot) -> float:
-        """What the frame's header says of the density or the like."""
+    def rate_of(self, slot: Slot) -> float:
+        """As of Compressor; the frame's header says it, too."""
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         kept = slot.memory.room(slot.name, gradient)
@@ -128,7 +136,7 @@ class SparsifyingCompressor(Compressor):
         if payload is not None:
             slot.memory.propose(slot.name, kept)
         add = functools.partial(self.add, slot)
-        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate(slot), flags=flags))
+        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate_of(slot), flags=flags))
 
 
 def flat32(gradient: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class DGCCompressor(Compressor):
             raise ValueError(f"weight_decay must not be negative: {self.weight_decay}")
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        density = density_at(self.density if slot.rate is None else slot.rate, slot.step)
+        density = self.density_of(slot)
         k = entries_of(density, gradient.numel())
         velocity, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
         if not (slot.compressed and saves(gradient.numel(), k)):
@@ -81,6 +81,16 @@ class DGCCompressor(Compressor):
             velocity[kernel.sparse_positions(payload, step.numel()).to(velocity.device)] = 0
             self._propose(slot, velocity, kept)
         return (yield from gather_sum(self, slot, gradient, payload, _add, rate=density))
+
+    def density_of(self, slot: Slot) -> float:
+        return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+
+    def rate_of(self, slot: Slot) -> float | None:
+        return self.density_of(slot) if slot.compressed else None
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        _, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
+        return slot.memory.compensate(slot.name, step)
 
     def prepare(self, slot: Slot, gradient: Tensor) -> Tensor:
         """`gradient`, float32 [numel], clipped, with the decay of the weights; both in units of the scaled loss."""

@@ -148,6 +148,14 @@ class _Compared(Compressor):
         total: Tensor = yield Allreduce(gradient if gradient.dtype == torch.float64 else flat32(gradient))
         return total.view(-1)
 
+    def rate_of(self, slot: Slot) -> float | None:
+        return self.usual.rate_of(slot) if self.usual else None
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        if self.known.kept:  # sends what `dense` has left in its residual as well
+            return slot.memory.compensate(slot.name, flat32(gradient))
+        return self.usual.owed(slot, gradient) if self.usual else gradient.detach().reshape(-1)
+
     def _first(self, kept: KeptCompressor, slot: Slot, gradient: Tensor) -> Exchange:
         total: Tensor = yield Allreduce(kept.summand(slot.memory.compensate(slot.name, flat32(gradient))))
         if max_abs(total) == math.inf:

@@ -46,12 +46,12 @@ class PowerSGDCompressor(Compressor):
     def __post_init__(self) -> None:
         _whole(value_at(self.approximation_rank, 0))
 
-    def rate(self, slot: Slot) -> float:
+    def rate_of(self, slot: Slot) -> float:
         """The approximation rank of this step, before it is cut to the rows or columns."""
         return value_at(self.approximation_rank if slot.rate is None else slot.rate, slot.step)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        rank = rank_of(gradient.shape, self.rate(slot))
+        rank = rank_of(gradient.shape, self.rate_of(slot))
         accumulated = slot.memory.compensate(slot.name, flat32(gradient))
         if not rank:
             total: Tensor = yield Allreduce(accumulated)

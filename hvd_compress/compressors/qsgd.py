@@ -43,12 +43,12 @@ class QSGDCompressor(Compressor):
         if self.norm not in _NORMS:
             raise ValueError(f"norm must be 'max' or 'l2': {self.norm!r}")
 
-    def rate(self, slot: Slot) -> int:
+    def rate_of(self, slot: Slot) -> int:
         """The bits of this step."""
         return _bits_at(self.bits if slot.rate is None else slot.rate, slot.step)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        values, bits = flat(gradient), self.rate(slot)
+        values, bits = flat(gradient), self.rate_of(slot)
         kernel, flags = kernels.of(values), 0
         length = kernels.quantised_bytes(values.numel(), bits, self.bucket_size)
         payload: Tensor | None

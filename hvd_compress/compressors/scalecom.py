@@ -66,11 +66,15 @@ class ScaleComCompressor(Compressor):
         slot.memory.propose(slot.name, self._filtered(slot, accumulated))
         return total
 
+    def rate_of(self, slot: Slot) -> float:
+        """The density of this step."""
+        if self.chunk is not None:
+            return 1 / self.chunk
+        return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+
     def entries(self, slot: Slot, numel: int) -> int:
         """How many entries are sent: the same on every rank."""
-        if self.chunk is not None:
-            return -(-numel // self.chunk)
-        return entries_of(density_at(self.density if slot.rate is None else slot.rate, slot.step), numel)
+        return -(-numel // self.chunk) if self.chunk is not None else entries_of(self.rate_of(slot), numel)
 
     def pick(self, accumulated: Tensor, k: int) -> Tensor:
         """Ascending positions, int64 [k], that the leader chooses in float32 [numel], finite."""

@@ -52,8 +52,11 @@ class StochasticPruningCompressor(Compressor):
             raise ValueError(f"rate must be in (0, 1): {rate} at step {step}")
         return rate
 
+    def rate_of(self, slot: Slot) -> float:
+        return self.rate_at(slot.step)
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        values, rate = flat(gradient), self.rate_at(slot.step)
+        values, rate = flat(gradient), self.rate_of(slot)
         kernel, numel, flags = kernels.of(values), values.numel(), 0
         largest, mean = kernel.magnitudes(values)
         payload: Tensor | None = None

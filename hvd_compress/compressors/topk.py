@@ -33,11 +33,11 @@ class TopKCompressor(SparsifyingCompressor):
     def __post_init__(self) -> None:
         density_at(self.density, 0)
 
-    def rate(self, slot: Slot) -> float:
+    def rate_of(self, slot: Slot) -> float:
         return density_at(self.density if slot.rate is None else slot.rate, slot.step)
 
     def encode(self, slot: Slot, gradient: Tensor, residual: Tensor | None, kept: Tensor, room: int) -> Tensor | int:
-        kernel, k = kernels.of(gradient), entries_of(self.rate(slot), gradient.numel())
+        kernel, k = kernels.of(gradient), entries_of(self.rate_of(slot), gradient.numel())
         length = kernels.sparse_bytes(gradient.numel(), k)
         if length > room:
             finite = kernel.accumulate(gradient, residual, kept) < math.inf
