@@ -5,6 +5,7 @@ Besides residuals some algorithms keep state of these kinds, under "<name of the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 MOMENTUM = "momentum"  # float32 [numel], of this rank, in units of the loss-scaled gradient, as a residual is
 FACTOR = "factor"  # float32 [columns, approximation rank], the same on every rank; its scale does not matter
 THRESHOLD = "threshold"  # float32 [1], of this rank: a factor without unit
-_KINDS = (MOMENTUM, FACTOR, THRESHOLD)
+AGGREGATE = "aggregate"  # float32 [numel + 1], the same on every rank: aggregated gradients, and how many were added
+_KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE)
+_REPLICATED = (FACTOR, AGGREGATE)
 
 
 def key(name: str, kind: str) -> str:
@@ -110,6 +113,6 @@ def share(
     ranks = sorted(residuals)
     of_ranks = {name: [residuals[r][name] for r in ranks if name in residuals[r]] for name in names}
     return {
-        name: parts[0] if owner(name)[1] == FACTOR else torch.stack(parts).sum(0) / size
+        name: parts[0] if owner(name)[1] in _REPLICATED else functools.reduce(torch.add, parts) / size
         for name, parts in of_ranks.items()
     }

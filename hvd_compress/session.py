@@ -170,6 +170,8 @@ class Session:
         if (divided := slot.divisor if slot.divided else 1.0) != divisor:
             total = total * (divided / divisor) if divided != 1 else total / divisor
         self._wanted_divisor = divisor
+        if self.controller is not None and not like.is_sparse:
+            self.controller.received(slot, total)
         if not like.is_sparse:
             total = total.view(like.shape)
         if total.dtype != like.dtype:
