@@ -19,6 +19,7 @@ from ..memory import AGGREGATE, key, owner
 from ..requests import Allreduce, Broadcast, Exchange
 from ..transports.base import Transport
 from ..transports.local import LocalTransport
+from ..wire import WireError
 from . import journal
 from .controller import Controller
 from .lasting import lasting_errors, reached_share
@@ -181,13 +182,24 @@ class Planner(Controller):
         self._norms = {layer.name: float(norm) for layer, norm in zip(layers, norms)}
         self.seconds += time.perf_counter() - start
         plan = yield Broadcast(plan, 0)
+        self._check(plan, layers)
         return plan
+
+    def _check(self, plan: Tensor, layers: Sequence[Layer]) -> None:
+        """Raise WireError for a plan that rank 0 cannot have made."""
+        number, *rates = plan.tolist()
+        if number != self.number + 1:
+            raise WireError(0, "the plan of rates", f"number {self.number + 1}", number)
+        choices: dict[int, tuple[float, ...]] = {layer.index: layer.rates for layer in layers}
+        for slot, rate in zip(self.slots, rates):
+            if rate not in choices.get(slot.index, (0.0,)):
+                raise WireError(0, slot.name, f"a rate of {choices.get(slot.index, 'none')}", rate)
 
     def _table(self, layers: Sequence[Layer], present: Sequence[float]) -> np.ndarray:
         """This rank's share, float64 [layers, n + 1]: errors, and squared norms of what was received.
 
-        Errors of all candidates, or where the lasting ones are asked for, of the rates at present alone. Norms of rank 0
-        alone: all ranks received the same, but one that joined later has not received it all.
+        Errors of all candidates, or where the lasting ones are asked for, of the rates at present alone. Norms of rank
+        0 alone: all ranks received the same, but one that joined later has not received it all.
         """
         rates = [(rate,) for rate in present] if self._lasting else [layer.rates for layer in layers]
         errors = error_table(self.compressor, layers, self.accumulated if self.policy.needs_errors else {}, rates)

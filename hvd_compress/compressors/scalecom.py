@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import kernels
 from ..requests import Allreduce, Broadcast, Exchange
 from ..schedules import Rate, density_at, entries_of
+from ..wire import WireError
 from .base import Compressor, Slot, flat32, max_abs
 
 
@@ -53,10 +54,20 @@ class ScaleComCompressor(Compressor):
             picks = self.pick(accumulated, k) if slot.rank == leader and finite else torch.arange(k)
             positions: Tensor = yield Broadcast(picks.to(accumulated.device, _index_type(numel)), leader)
             positions = positions.to(torch.int64)
-            # A flag rides along, since what is not finite need not be at these positions.
-            flag = accumulated.new_tensor([0.0 if finite else math.nan])
+            sound = are_positions(positions, k, numel)
+            if not sound:
+                positions = torch.arange(k, device=accumulated.device)
+            # How many ranks have what is not finite, which need not be at these positions, and, past the number of
+            # ranks, how many got no positions: so all ranks learn of both.
+            flag = accumulated.new_tensor([(not finite) + (not sound) * (slot.size + 1.0)])
             summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]))
-            total = torch.zeros_like(accumulated).index_copy_(0, positions, summed[:-1])
+            summed, flags = summed[:-1], float(summed[-1])
+            if flags > slot.size:
+                found = "others on this rank" if not sound else "others on another rank"
+                raise WireError(leader, slot.name, f"{k} ascending positions below {numel}", found)
+            if flags:
+                return None
+            total = torch.zeros_like(accumulated).index_copy_(0, positions, summed)
             accumulated[positions] = 0
         else:
             summed = total = yield Allreduce(accumulated)
@@ -88,6 +99,14 @@ class ScaleComCompressor(Compressor):
             return unsent
         residual = slot.memory.residuals.get(slot.name)
         return self.beta * unsent if residual is None else torch.lerp(residual.to(unsent.device), unsent, self.beta)
+
+
+def are_positions(positions: Tensor, k: int, numel: int) -> bool:
+    """Whether int64 [k] ascends, without repetition, from at least 0 to less than `numel`."""
+    if positions.shape != (k,):
+        return False
+    ends = not k or (int(positions[0]) >= 0 and int(positions[-1]) < numel)
+    return ends and bool((positions[1:] > positions[:-1]).all())
 
 
 def saves(numel: int, entries: int) -> bool:

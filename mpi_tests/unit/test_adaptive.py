@@ -24,6 +24,8 @@ from hvd_compress.adaptive.plot import main as plot
 from hvd_compress.adaptive.policies import Statistics
 from hvd_compress.local import LocalRanks
 from hvd_compress.requests import sent_bytes
+from hvd_compress.transports.local import LocalTransport
+from hvd_compress.wire import WireError
 
 from .drive import bits, random
 
@@ -305,6 +307,26 @@ def test_bad_steps_leave_no_trace_in_the_plan():
     run(spoilt, range(4, 5))
     assert all(rate is None or math.isfinite(rate) for rate in rates(spoilt))
     assert any(rate is not None for rate in rates(spoilt))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [(0, 7.0, "number 1, found 7"), (1, 3.5, "'a': expected a rate"), (3, 1.0, "'bias'"), (2, math.nan, "'b'")],
+)
+def test_a_plan_that_rank_0_cannot_have_made_is_an_error_on_every_rank(place, value, says, monkeypatch):
+    real = LocalTransport.broadcast
+
+    def spoilt(self: LocalTransport, name: str, tensor: torch.Tensor, root: int) -> Any:
+        return real(self, name, tensor.index_fill(0, torch.tensor([place]), value), root)
+
+    ranks = world()
+    run(ranks, range(4))
+    monkeypatch.setattr(LocalTransport, "broadcast", spoilt)
+    known, plans = gradients(4), ranks.compressions
+    tickets = [compression.submit(0, known[rank]["a"]) for rank, compression in enumerate(plans)]
+    for rank, compression in enumerate(plans):
+        with pytest.raises(WireError, match=f"rank 0 for parameter .*{says}"):
+            compression.finish(tickets[rank], known[rank]["a"], average=True)
 
 
 def test_a_layer_without_gradient_keeps_the_rate_of_the_reference():

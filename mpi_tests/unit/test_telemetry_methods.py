@@ -19,6 +19,7 @@ from .every import METHODS, PUBLIC, VARIANTS
 
 SHAPES = {"a": (40, 60), "b": (30, 50), "vector": (7,)}
 STEPS = 6
+FEEDBACK = ("AdaCompCompressor", "TopKCompressor", "PowerSGDCompressor")
 every = pytest.mark.parametrize("method", VARIANTS)
 
 
@@ -67,9 +68,7 @@ class Owed:
             self.residual, self.momentum = owed - sent, torch.where(sent == 0, self.momentum, 0.0)
         elif self.kind == "ScaleComCompressor":
             self.residual = self.residual + self.compressor.beta * (owed - sent - self.residual)
-        elif self.kind in ("AdaCompCompressor", "TopKCompressor", "PowerSGDCompressor"):
-            self.residual = owed - sent
-        elif self.kind == "MaskedCompressor" and not self.compressor.masks.masks:
+        elif self.kind in FEEDBACK or (self.kind == "MaskedCompressor" and not self.compressor.masks.masks):
             self.residual = owed - sent
 
 
