@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,8 +178,10 @@ class GradientCompression(Session):
             self._connect()
         index = self.binding.identify(tensor)
         self.settle()
-        # Horovod reduces zeros for a parameter that is frozen meanwhile; its residual must not move it.
-        nothing = self.size == 1 or not self.parameters[index].requires_grad
+        # Horovod reduces zeros for a parameter that is frozen meanwhile; its residual must not move it. One rank, as of
+        # an elastic job or a process set, has nothing to send, but still needs a momentum.
+        alone = self.size == 1 and not self.compressor.replaces
+        nothing = alone or not self.parameters[index].requires_grad
         compressor = NONE if nothing else self._compressor_of(index, tensor)
         if isinstance(compressor, SummedCompressor):
             if self.telemetry.recording:
@@ -236,8 +239,7 @@ class GradientCompression(Session):
                 if member.compressor.replaces and member._id in self._roll.unchecked:
                     member._enlist()
             self._roll.check(transport)
-        if transport.size > 1:
-            self.check_optimizer()
+        self.check_optimizer()
         marks = [_mark(member) for member in transport.members]
         self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
         self._carriers.clear()
@@ -253,9 +255,10 @@ def _mark(rank: int) -> float:
 
 
 def _say_if_single_rank(compressor: Compressor) -> None:
-    """Horovod calls no compression at one rank, so there is no later moment to say it."""
+    """Horovod calls no compression at one rank, unless the job is elastic, so there is no later moment to say it."""
     hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized() and hvd.size() == 1:
+    elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+    if hvd is not None and hvd.is_initialized() and hvd.size() == 1 and not (elastic and compressor.replaces):
         say_single_rank(compressor)
 
 

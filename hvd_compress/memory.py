@@ -6,7 +6,7 @@ Besides residuals some algorithms keep state of these kinds, under "<name of the
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ THRESHOLD = "threshold"  # float32 [1], of this rank: a factor without unit
 AGGREGATE = "aggregate"  # float32 [numel + 1], the same on every rank: aggregated gradients, and how many were added
 _KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE)
 _REPLICATED = (FACTOR, AGGREGATE)
+_BY_RANK = ("residuals", "accumulated")  # of a state
 
 
 def key(name: str, kind: str) -> str:
@@ -106,8 +107,9 @@ def share(
         return {}
     if missing := sorted(set(range(saved_size)) - residuals.keys()):
         raise ValueError(
-            f"the state lacks the residuals of ranks {missing} of {saved_size}, needed at rank {rank} of {size}: save "
-            "what gather_state_dict() returns, or load with resize='reset'"
+            f"the state lacks the residuals of ranks {missing} of {saved_size}, needed at rank {rank} of {size}; it "
+            f"has those of {sorted(residuals)}. Load what these ranks saved as well, all in one list, or what "
+            "gather_state_dict() has returned to its root, or load with resize='reset'"
         )
     names = sorted({name for mine in residuals.values() for name in mine if owner(name)[1] != THRESHOLD})
     ranks = sorted(residuals)
@@ -116,3 +118,29 @@ def share(
         name: parts[0] if owner(name)[1] in _REPLICATED else functools.reduce(torch.add, parts) / size
         for name, parts in of_ranks.items()
     }
+
+
+def merged(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state with all ranks' residuals, of those that the ranks saved each by itself, in any order; not a copy.
+
+    Raises ValueError unless all are of one moment of one training, no rank twice.
+    """
+    whole: dict[str, Any] = {}
+    for state in states:
+        if not whole:
+            whole = {key: dict(value) if key in _BY_RANK else value for key, value in state.items()}
+            continue
+        for key in sorted(whole.keys() | state.keys(), key=lambda key: (key in _BY_RANK, key)):
+            mine, theirs = whole.get(key), state.get(key)
+            if key in _BY_RANK and mine is not None and theirs is not None:
+                if twice := sorted(mine.keys() & theirs.keys()):
+                    raise ValueError(f"two of the states have {key} of ranks {twice}: load one of each rank")
+                mine.update(theirs)
+            elif mine != theirs:
+                raise ValueError(
+                    f"the states are of different moments: {key} is {mine} of ranks {sorted(whole['residuals'])} and "
+                    f"{theirs} of ranks {sorted(state['residuals'])}. Load those that were saved after the same step"
+                )
+    if not whole:
+        raise ValueError("no states to load: the list is empty")
+    return whole

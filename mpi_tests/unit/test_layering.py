@@ -30,7 +30,7 @@ LAYERS = [
     {"session"},
     {"ordered_engine", "adaptive"},
     {"training"},
-    {"binding", "fingerprint", "engine"},
+    {"binding", "fingerprint", "engine", "states"},
     {"transports"},
     {"compressors"},
     {"wire", "memory", "requests", "telemetry", "schedules"},
