@@ -245,6 +245,7 @@ class GradientCompression(Session):
         self._carriers.clear()
         engine = functools.partial(Engine, prefix=f"hvd_compress.{self._roll.numbers.get(self._id, 0)}")
         self.attach(transport, engine, compressed_only=True)
+        self.say_if_more_than_dense()
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
 

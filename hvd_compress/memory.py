@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,55 @@ AGGREGATE = "aggregate"  # float32 [numel + 1], the same on every rank: aggregat
 _KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE)
 _REPLICATED = (FACTOR, AGGREGATE)
 _BY_RANK = ("residuals", "accumulated")  # of a state
+
+# What is held between steps, besides MOMENTUM.
+RESIDUALS, FACTORS, THRESHOLDS = "residuals", "factors", "thresholds"
+SPARE = "spare"  # what the last step has made of all these, until it is known to be sound; or memory for the next
+FRAMES = "frames"  # room for what is sent
+POSITIONS = "positions"  # int64, of the weights that a mask keeps
+SUMS = "sums"  # of gradients, of an adaptive method
+_HELD = {"": RESIDUALS, MOMENTUM: MOMENTUM, FACTOR: FACTORS, THRESHOLD: THRESHOLDS}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory that a rank holds between steps, in bytes, by what.
+
+    >>> print(Held({RESIDUALS: 400, FRAMES: 20}, model_bytes=400))
+    1.05 copies of the model: residuals 1.00, frames 0.05
+    """
+
+    parts: dict[str, int]
+    model_bytes: int  # of its parameters as float32
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def copies(self) -> float:
+        """In copies of the model."""
+        return self.total_bytes / max(self.model_bytes, 1)
+
+    def __str__(self) -> str:
+        unit = max(self.model_bytes, 1)
+        parts = ", ".join(f"{what} {size / unit:.2f}" for what, size in self.parts.items())
+        return f"{self.copies:.2f} copies of the model" + (f": {parts}" if parts else "")
+
+
+def added(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Without what is nothing."""
+    total: dict[str, int] = {}
+    for part in parts:
+        for what, size in part.items():
+            total[what] = total.get(what, 0) + size
+    return {what: size for what, size in total.items() if size}
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """What these keep in memory: several may be views of one storage, or of a part of it."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def key(name: str, kind: str) -> str:
@@ -83,6 +133,13 @@ class ErrorFeedback:
         for name, residual in self.residuals.items():
             if owner(name)[1] in ("", MOMENTUM):
                 residual.mul_(factor)
+
+    def held(self) -> dict[str, int]:
+        """Bytes, by what."""
+        kinds: dict[str, list[Tensor]] = {SPARE: [*self._proposed.values(), *self._spare.values()]}
+        for name, residual in self.residuals.items():
+            kinds.setdefault(_HELD[owner(name)[1]], []).append(residual)
+        return {what: storage_bytes(tensors) for what, tensors in kinds.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: residual.detach().cpu().clone() for name, residual in self.residuals.items()}

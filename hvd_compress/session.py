@@ -12,10 +12,31 @@ from torch import Tensor
 
 from .adaptive import Controller
 from .binding import Binding
-from .compressors import Compressor, NoneCompressor, Slot, SparseGatherer, rate_of, relative_error
+from .compressors import (
+    Compressor,
+    NoneCompressor,
+    Slot,
+    SparseGatherer,
+    rate_of,
+    relative_error,
+    warn_if_more_than_dense,
+)
 from .engine import Engine, Ticket, cut
 from .log import log
-from .memory import FACTOR, THRESHOLD, ErrorFeedback, merged, owner, share
+from .memory import (
+    FACTOR,
+    FRAMES,
+    POSITIONS,
+    SUMS,
+    THRESHOLD,
+    ErrorFeedback,
+    Held,
+    added,
+    merged,
+    owner,
+    share,
+    storage_bytes,
+)
 from .states import gather
 from .telemetry import Telemetry
 from .transports.base import Transport
@@ -263,6 +284,34 @@ class Session:
         self._loss_scale = loss_scale
         if self.controller is not None and plan:
             self.controller.load_state_dict(plan[0])
+
+    def memory_held(self) -> Held:
+        """What this rank holds now of all that outlives a step, measured; see `memory_needed`."""
+        slots = self.slots
+        frames = storage_bytes(slot.frame for slot in slots if slot.frame is not None)
+        positions = storage_bytes(tensor for slot in slots for tensor in self.compressor.cached(slot))
+        sums = storage_bytes(self.controller.accumulated.values()) if self.controller is not None else 0
+        beside = {FRAMES: frames, POSITIONS: positions, SUMS: sums}
+        return Held(added([self.memory.held(), beside]), self._model_bytes)
+
+    def memory_needed(self) -> Held:
+        """What a rank is going to hold from the second step on, at present rates, whatever the number of ranks.
+
+        For float32 gradients that are not sparse; a single rank, which sends nothing, holds nothing. Neither is what a
+        step needs while it lasts in it, nor a mask, an elastic job's copy of what was committed, or a record.
+        """
+        parts = [self.compressor.held(slot) for slot in self.slots if slot.compressed or self.compressor.takes_all]
+        sums = self.controller.most_held() if self.controller is not None else 0
+        return Held(added([*parts, {SUMS: sums}]), self._model_bytes)
+
+    def say_if_more_than_dense(self) -> None:
+        """Once attached: with so many ranks a method may move more than no compression."""
+        shapes = [slot.shape for slot in self.slots if slot.compressed]
+        warn_if_more_than_dense(self.compressor, shapes, self.rank, self.size)
+
+    @property
+    def _model_bytes(self) -> int:
+        return sum(4 * parameter.numel() for parameter in self.parameters)
 
     def snapshot(self) -> dict[str, Any]:
         """All that the next step of this process depends on, whatever its rank will be; a copy."""

@@ -56,6 +56,10 @@ class Controller:
     def drop(self) -> None:
         """Forget what is under way in this step."""
 
+    def most_held(self) -> int:
+        """Bytes of `accumulated` at most."""
+        return 0
+
     def state_dict(self) -> dict[str, Any]:
         """What is the same on all ranks; JSON-serializable."""
         return {"number": self.number, "rates": dict(self.rates)}

@@ -126,6 +126,11 @@ class Planner(Controller):
         self._ticket = self._pending = self._line = None
         self._measures = False
 
+    def most_held(self) -> int:
+        errors = self.policy.needs_errors and (self.options.errors_of == "all" or self.slots[0].rank == 0)
+        numels = [slot.shape.numel() for slot in self.slots if slot.compressed]
+        return 4 * sum(errors * numel + self.policy.needs_norms * (numel + 1) for numel in numels)
+
     def state_dict(self) -> dict[str, Any]:
         reached = dict(self._reached)
         return super().state_dict() | {"norms": dict(self._norms), "norms_of": _NORMS, "reached": reached}

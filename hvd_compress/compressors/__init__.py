@@ -15,6 +15,7 @@ from .sparse import SparseGatherer
 from .stochastic_pruning import StochasticPruningCompressor
 from .terngrad import TernGradCompressor
 from .topk import TopKCompressor
+from .traffic import traffic, warn_if_more_than_dense
 
 __all__ = [
     "AdaCompCompressor",
@@ -37,4 +38,6 @@ __all__ = [
     "TopKCompressor",
     "rate_of",
     "relative_error",
+    "traffic",
+    "warn_if_more_than_dense",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..schedules import Rate, describe
-from .base import Slot, SparsifyingCompressor, flat, max_abs
+from .base import Slot, SparsifyingCompressor, flat, max_abs, most_room
 
 _MAX_BIN_SIZE = 1 << 14  # the paper's 16-bit format: 14 bits of index, 2 of value
 _BIN_SIZES = (10, 20, 35, 50, 64, 100, 150, 200, 350, 500, 1000, 2000, 5000, 10_000, _MAX_BIN_SIZE)
@@ -45,6 +45,9 @@ class AdaCompCompressor(SparsifyingCompressor):
 
     def rate_of(self, slot: Slot) -> int:
         return self.bin_size_of(slot.shape, slot.step) if slot.rate is None else _size_at(slot.rate, slot.step)
+
+    def frame_held(self, slot: Slot) -> int:
+        return wire.frame_bytes(most_room(slot.shape.numel()))
 
     def encode(self, slot: Slot, gradient: Tensor, residual: Tensor | None, kept: Tensor, room: int) -> Tensor | int:
         """Payload: the scale, float32, then gap codes of 8 bits for bins of up to 64, else 16."""

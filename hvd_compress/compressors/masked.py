@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import wire
+from ..memory import POSITIONS
 from ..requests import Allgather, Allreduce, Exchange
 from .base import Compressor, Slot, SummedCompressor, flat32, max_abs, unpack
+from .footprint import Sent
 
 
 class MaskSource(Protocol):
@@ -84,6 +86,26 @@ class MaskedCompressor(Compressor):
             known = slot.cache = _Known(source.version, mask, slot.step, None if mask is None else _kept(mask, slot))
         usual = known.kept or self.dense.chosen(slot)
         return _Compared(known, usual) if known.step == slot.step else usual
+
+    def sent(self, slot: Slot) -> Sent | None:
+        if (mask := self._mask_of(slot)) is not None:
+            return Sent(reduced=4 * max(int(mask.count_nonzero()), 1))
+        usual = self.dense.chosen(slot)
+        return usual.sent(slot) if usual else Sent(reduced=4 * slot.shape.numel())
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        if (mask := self._mask_of(slot)) is not None:
+            return {POSITIONS: 8 * int(mask.count_nonzero())}
+        usual = self.dense.chosen(slot)
+        return usual.held(slot) if usual else {}
+
+    def cached(self, slot: Slot) -> Sequence[Tensor]:
+        kept = slot.cache.kept if slot.cache else None
+        return [kept.positions] if kept else []
+
+    def _mask_of(self, slot: Slot) -> Tensor | None:
+        source = self.masks() if callable(self.masks) else self.masks
+        return source.masks.get(slot.name)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         raise AssertionError("only what is chosen exchanges")

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..memory import RESIDUALS, SPARE
 from ..requests import Allreduce, Broadcast, Exchange
 from ..schedules import Rate, density_at, entries_of
 from ..wire import WireError
 from .base import Compressor, Slot, flat32, max_abs
+from .footprint import Sent
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class ScaleComCompressor(Compressor):
             raise ValueError(f"beta must be in (0, 1]: {self.beta}")
         if self.chunk is not None and not (isinstance(self.chunk, int) and self.chunk >= 1):
             raise ValueError(f"chunk must be a whole number of elements, or None for no chunks: {self.chunk!r}")
+
+    def sent(self, slot: Slot) -> Sent:
+        numel = slot.shape.numel()
+        k = self.entries(slot, numel)
+        if not saves(numel, k):
+            return Sent(reduced=4 * numel)
+        return Sent(reduced=4 * (k + 1), broadcast=_index_type(numel).itemsize * k)
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        return {RESIDUALS: 4 * slot.shape.numel(), SPARE: 4 * slot.shape.numel()}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         accumulated = slot.memory.compensate(slot.name, flat32(gradient))
