@@ -25,11 +25,12 @@ def gather(transport: Transport, name: str, mine: Mapping[str, Tensor], root: in
     gathered: dict[int, dict[str, Tensor]] = {}
     if transport.rank == root:
         gathered = {
-            rank: {key: torch.empty(shape) for key, shape in shapes.items()} for rank, shapes in enumerate(everyone)
+            rank: {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items()}
+            for rank, shapes in enumerate(everyone)
         }
     step = max(_ROOM_BYTES // transport.size, _LEAST_BYTES) // 4
     for key in sorted({key for shapes in everyone for key in shapes}):
-        own = mine[key].reshape(-1) if key in mine else torch.empty(0)
+        own = mine[key].reshape(-1) if key in mine else torch.empty(0, dtype=torch.float32)
         for start in range(0, max(math.prod(shapes.get(key, [0])) for shapes in everyone), step):
             part = own[start : start + step].view(torch.uint8)
             for rank, piece in enumerate(transport.allgather(name, [part]).wait()):
