@@ -225,3 +225,14 @@ def test_masks_that_are_set_later_are_counted_from_then_on():
     made["masks"].update({"a": torch.ones(40, 60, dtype=torch.bool)})
     assert compression.memory_needed().parts == {"positions": 8 * 2400}
     assert masked(named).memory_needed().parts["positions"] == 8 * (1200 + 750 + 5)
+
+
+@pytest.mark.parametrize(("size", "min_numel", "says"), [(4, 1, 0), (6, 1, 1), (6, 10_000, 0), (1, 1, 0)])
+def test_ranks_say_it_of_what_they_compress(size, min_numel, says, caplog):
+    log.warn_once.cache_clear()
+    named = [("w", torch.zeros(60, 80))]
+    ranks = LocalRanks([Compression.bf16(named, min_numel=min_numel) for _ in range(size)])
+    with caplog.at_level(logging.WARNING):
+        for compression in ranks.compressions:
+            compression.say_if_more_than_dense()
+    assert len(caplog.records) == says
