@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -190,7 +191,9 @@ class GradientCompression(Session):
         index = self.binding.identify(tensor)
         self.begin()
         self._taken.add(index, tensor)
-        compressor = NONE if self.size == 1 else self._compressor_of(index, tensor)
+        # One rank, as of an elastic job or a process set, has nothing to send, but still needs a momentum.
+        alone = self.size == 1 and not self.compressor.replaces
+        compressor = NONE if alone else self._compressor_of(index, tensor)
         if isinstance(compressor, SummedCompressor):
             if self.telemetry.recording:
                 self._look(compressor, self.slots[index], tensor)
@@ -239,7 +242,7 @@ class GradientCompression(Session):
         engine, step = self._engine, self._step
         taken, self._taken = self._taken, Taken()
         by_scaler = called_by_grad_scaler()
-        if isinstance(self.compressor, SummedCompressor) or not isinstance(engine, PacedEngine) or self.size == 1:
+        if isinstance(self.compressor, SummedCompressor) or not isinstance(engine, PacedEngine):
             if by_scaler:
                 raise GradientChangedError.by_scaler()
             return
@@ -301,6 +304,7 @@ class GradientCompression(Session):
         prefix = f"hvd_compress.{self._roll.numbers.get(self._id, 0)}"
         engine = functools.partial(PacedEngine if transport.shared else Engine, prefix=prefix)
         self.attach(transport, engine, compressed_only=True)
+        self.say_if_more_than_dense()
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
 
@@ -327,9 +331,10 @@ def _mark(rank: int) -> float:
 
 
 def _say_if_single_rank(compressor: Compressor) -> None:
-    """Horovod calls no compression at one rank, so there is no later moment to say it."""
+    """Horovod calls no compression at one rank, unless the job is elastic, so there is no later moment to say it."""
     hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized() and hvd.size() == 1:
+    elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+    if hvd is not None and hvd.is_initialized() and hvd.size() == 1 and not (elastic and compressor.replaces):
         say_single_rank(compressor)
 
 

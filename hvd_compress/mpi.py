@@ -108,6 +108,7 @@ class _DistributedMixin(torch.optim.Optimizer):
         if conflict:
             raise ValueError(conflict)
         compression.attach(transport, functools.partial(OrderedEngine, threaded=threaded and transport.size > 1))
+        compression.say_if_more_than_dense()
         self._add_hooks()
 
     def _check_named(self, group: Mapping[str, Any]) -> None:

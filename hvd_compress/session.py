@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NoReturn, TypeVar
@@ -15,10 +14,31 @@ from torch import Tensor
 from .adaptive import Controller
 from .agreement import agree, mismatch
 from .binding import Binding
-from .compressors import Compressor, NoneCompressor, Slot, SparseGatherer, rate_of, relative_error
+from .compressors import (
+    Compressor,
+    NoneCompressor,
+    Slot,
+    SparseGatherer,
+    relative_error,
+    warn_if_more_than_dense,
+)
 from .engine import Engine, Ticket, cut
 from .log import log
-from .memory import FACTOR, THRESHOLD, ErrorFeedback, owner, share
+from .memory import (
+    FACTOR,
+    FRAMES,
+    POSITIONS,
+    SUMS,
+    THRESHOLD,
+    ErrorFeedback,
+    Held,
+    added,
+    merged,
+    owner,
+    share,
+    storage_bytes,
+)
+from .states import gather
 from .telemetry import Telemetry
 from .transports.base import Transport
 
@@ -209,6 +229,8 @@ class Session:
         if (divided := slot.divisor if slot.divided else 1.0) != divisor:
             total = total * (divided / divisor) if divided != 1 else total / divisor
         self._wanted_divisor = divisor
+        if self.controller is not None and not like.is_sparse:
+            self.controller.received(slot, total)
         if not like.is_sparse:
             total = total.view(like.shape)
             if not like.is_contiguous():  # such as channels_last
@@ -274,7 +296,7 @@ class Session:
         """Before its exchange changes anything: at what rate a gradient travels, and what of it will be lost."""
         lossy = self.telemetry.errors and not gradient.is_sparse
         error = relative_error(compressor, slot, gradient) if lossy else None
-        self._seen[slot.index] = {"rate": rate_of(compressor, slot), "error": error}
+        self._seen[slot.index] = {"rate": compressor.rate_of(slot), "error": error}
 
     def _record(self, index: int, gradient: Tensor, sent_bytes: int) -> None:
         telemetry, slot = self.telemetry, self.slots[index]
@@ -312,57 +334,120 @@ class Session:
 
     @progress.setter
     def progress(self, progress: Progress) -> None:
-        self._step, self._loss_scale, *plan = progress
+        """Take over that of another rank: residuals stay what they are, in units of its loss scale."""
+        self._step, loss_scale, *plan = progress
+        if self._loss_scale is not None and loss_scale is not None:
+            self.memory.rescale(loss_scale / self._loss_scale)
+        self._loss_scale = loss_scale
         if self.controller is not None and plan:
             self.controller.load_state_dict(plan[0])
 
+    def memory_held(self) -> Held:
+        """What this rank holds now of all that outlives a step, measured; see `memory_needed`."""
+        slots = self.slots
+        frames = storage_bytes(slot.frame for slot in slots if slot.frame is not None)
+        positions = storage_bytes(tensor for slot in slots for tensor in self.compressor.cached(slot))
+        sums = storage_bytes(self.controller.accumulated.values()) if self.controller is not None else 0
+        beside = {FRAMES: frames, POSITIONS: positions, SUMS: sums}
+        return Held(added([self.memory.held(), beside]), self._model_bytes)
+
+    def memory_needed(self) -> Held:
+        """What a rank is going to hold from the second step on, at present rates, whatever the number of ranks.
+
+        For float32 gradients that are not sparse; a single rank, which sends nothing, holds nothing. Neither is what a
+        step needs while it lasts in it, nor a mask, an elastic job's copy of what was committed, or a record.
+        """
+        parts = [self.compressor.held(slot) for slot in self.slots if slot.compressed or self.compressor.takes_all]
+        sums = self.controller.most_held() if self.controller is not None else 0
+        return Held(added([*parts, {SUMS: sums}]), self._model_bytes)
+
+    def say_if_more_than_dense(self) -> None:
+        """Once attached: with so many ranks a method may move more than no compression."""
+        shapes = [slot.shape for slot in self.slots if slot.compressed]
+        warn_if_more_than_dense(self.compressor, shapes, self.rank, self.size)
+
+    @property
+    def _model_bytes(self) -> int:
+        return sum(4 * parameter.numel() for parameter in self.parameters)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the next step of this process depends on, whatever its rank will be; a copy."""
+        progress = self.progress
+        accumulated = self.controller.accumulated if self.controller is not None else {}
+        return {
+            "progress": progress,
+            "residuals": self.memory.state_dict(),
+            "accumulated": {key: total.detach().cpu().clone() for key, total in accumulated.items()},
+            "loaded": self._loaded,
+        }
+
+    def go_back(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on as if no step had been made since `snapshot`."""
+        self._drop_step()
+        self._loaded = snapshot["loaded"]
+        self.memory.load_state_dict(snapshot["residuals"])
+        self._loss_scale = None  # residuals are in units of that of the snapshot
+        self.progress = snapshot["progress"]
+        if self.controller is not None:
+            self.controller.load_accumulated(snapshot["accumulated"])
+
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals, and the step. Not collective; `gather_state_dict` is."""
+        """This rank's residuals, and the step: for a file of each rank. Not collective; `gather_state_dict` is.
+
+        `load_state_dict` takes it on the same rank of as many; on any rank of any number, all ranks' together.
+        """
         if self._loaded:
             return dict(self._loaded[0])
-        self.settle()
+        now = self.snapshot()
         state: dict[str, Any] = {
             "step": self._step,
             "loss_scale": self._loss_scale,
             "size": self.size,
-            "residuals": {self.rank: self.memory.state_dict()},
+            "residuals": {self.rank: now["residuals"]},
         }
         if self.controller is not None:
-            state["adaptive"] = self.controller.state_dict()
-            accumulated = self.controller.accumulated
-            state["accumulated"] = {self.rank: {key: total.cpu().clone() for key, total in accumulated.items()}}
+            state["adaptive"] = now["progress"][2]
+            state["accumulated"] = {self.rank: now["accumulated"]}
         return state
 
-    def gather_state_dict(self) -> dict[str, Any]:
-        """All ranks' residuals, and the step, for a checkpoint that one rank writes. To be called on every rank."""
+    def gather_state_dict(self, root: int = 0) -> dict[str, Any]:
+        """To be called on every rank: rank `root` gets all ranks' residuals, and the step, for one file; the others get
+        their own `state_dict`.
+
+        Rank `root` holds a copy of all ranks' residuals then. The others hold some 64 MB besides their own.
+        """
+        if not 0 <= root < self.size:
+            raise ValueError(f"root must be a rank, at least 0 and less than {self.size}: {root}")
         state = self.state_dict()
-        if self._engine is None or self.size == 1:
-            return state
-        buffer = io.BytesIO()
-        torch.save({kind: state[kind] for kind in ("residuals", "accumulated") if kind in state}, buffer)
-        part = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-        for theirs in self._engine.transport.allgather("hvd_compress.state", [part]).wait():
-            for kind, of_rank in torch.load(io.BytesIO(theirs.numpy().tobytes()), weights_only=True).items():
-                state[kind].update(of_rank)
+        if self._engine is not None and self.size > 1 and not self._loaded:
+            for kind in sorted({"residuals", "accumulated"} & state.keys()):
+                gathered = gather(self._engine.transport, f"hvd_compress.{kind}", state[kind][self.rank], root)
+                state[kind] = gathered or state[kind]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], *, resize: Literal["sum", "reset"] = "sum") -> None:
-        """Continue from `state`: of `gather_state_dict`, or of `state_dict` on the same rank.
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, resize: Literal["sum", "reset"] = "sum"
+    ) -> None:
+        """Continue from `state`: of `gather_state_dict`; of `state_dict` on the same rank; or of that of several ranks,
+        as `[torch.load(file, mmap=True) for file in files]`.
 
         resize: what to do when the number of ranks has changed: "sum" shares the sum of all residuals out equally,
             "reset" starts with none, and says so.
 
-        Raises ValueError for residuals that fit no parameter, or that are not all there and would be needed; the latter
-        at the first exchange, when rank and size are known.
+        Raises ValueError for residuals that fit no parameter, for states of different moments, and for residuals that
+        are not all there and would be needed; the latter at the first exchange, when rank and size are known.
         """
         if resize not in ("sum", "reset"):
             raise ValueError(f"resize must be 'sum' or 'reset': {resize!r}")
+        state = state if isinstance(state, Mapping) else merged(state)
         self._check_residuals(state["residuals"].values())
         if self._engine:
             self._take_over(state, resize, self.rank, self.size)
+            self._loaded = None
         else:
             self._loaded = state, resize
         self._drop_step()
+        self._loss_scale = None  # residuals are in units of that of the state
         self.progress = state["step"], state["loss_scale"]
 
     def _check_residuals(self, of_ranks: Iterable[Mapping[str, Tensor]]) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels, wire
-from ..memory import ErrorFeedback
+from ..memory import FRAMES, RESIDUALS, SPARE, ErrorFeedback
 from ..requests import Allgather, Allreduce, Exchange, Request
 from ..schedules import value_at
+from .footprint import Sent
 
 
 @dataclass
@@ -90,6 +91,26 @@ class Compressor(abc.ABC):
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         """Exchange `gradient`, of any floating dtype and shape, which stays as it is; see requests.Exchange."""
 
+    def rate_of(self, slot: Slot) -> float | None:
+        """The density, bits or the like of this step: a controller's, or its own; None where there is no such thing."""
+        return None
+
+    def sent(self, slot: Slot) -> Sent | None:
+        """What a rank gives to collectives for a float32 gradient at the present rate, about; None where unknown."""
+        return None
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        """Bytes that a rank holds between steps for a float32 gradient at the present rate: by what, as memory.Held."""
+        return {}
+
+    def cached(self, slot: Slot) -> Sequence[Tensor]:
+        """The tensors of its own that `slot.cache` holds."""
+        return ()
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        """All that an exchange would send if it lost nothing, [numel]: the gradient, and what was not sent before."""
+        return slot.memory.compensate(slot.name, flat32(gradient)) if self.stateful else gradient.detach().reshape(-1)
+
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
@@ -128,8 +149,23 @@ class SparsifyingCompressor(Compressor):
         """As gather_sum's, of payloads of this slot."""
 
     @abc.abstractmethod
-    def rate(self, slot: Slot) -> float:
-        """What the frame's header says of the density or the like."""
+    def rate_of(self, slot: Slot) -> float:
+        """As of Compressor; the frame's header says it, too."""
+
+    @abc.abstractmethod
+    def payload_bytes(self, shape: torch.Size, rate: float) -> int:
+        """What a rank sends of a float32 gradient of `shape` at this rate, its header included."""
+
+    @abc.abstractmethod
+    def frame_held(self, slot: Slot) -> int:
+        """Bytes of the frame that is kept for the next float32 gradient."""
+
+    def sent(self, slot: Slot) -> Sent:
+        return Sent(gathered=self.payload_bytes(slot.shape, self.rate_of(slot)))
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        residual = 4 * slot.shape.numel()
+        return {RESIDUALS: residual, SPARE: residual, FRAMES: self.frame_held(slot)}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         kept = slot.memory.room(slot.name, gradient)
@@ -143,7 +179,17 @@ class SparsifyingCompressor(Compressor):
         if payload is not None:
             slot.memory.propose(slot.name, kept)
         add = functools.partial(self.add, slot)
-        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate(slot), flags=flags))
+        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate_of(slot), flags=flags))
+
+
+def most_room(numel: int) -> int:
+    """Bytes that a payload may have so that its frame is no larger than `numel` float32 values."""
+    return max(4 * numel - wire.HEADER_BYTES, 0)
+
+
+def frame_room(payload_bytes: int) -> int:
+    """What `Slot.room` holds of it for the next step."""
+    return wire.frame_bytes(payload_bytes) if payload_bytes else 0
 
 
 def flat32(gradient: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import wire
+from ..memory import POSITIONS
 from ..requests import Allgather, Allreduce, Exchange
 from .base import Compressor, Slot, SummedCompressor, flat32, max_abs, unpack
+from .footprint import Sent
 
 _MASK = "the mask of "
 
@@ -109,6 +111,25 @@ class MaskedCompressor(Compressor):
         _, unusual = ranks_by_state.values()
         return MaskError(what[len(_MASK) :], list(unusual), size)
 
+    def sent(self, slot: Slot) -> Sent | None:
+        if (mask := self._mask_of(slot)) is not None:
+            return Sent(reduced=4 * max(int(mask.count_nonzero()), 1))
+        usual = self.dense.chosen(slot)
+        return usual.sent(slot) if usual else Sent(reduced=4 * slot.shape.numel())
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        if (mask := self._mask_of(slot)) is not None:
+            return {POSITIONS: 8 * int(mask.count_nonzero())}
+        usual = self.dense.chosen(slot)
+        return usual.held(slot) if usual else {}
+
+    def cached(self, slot: Slot) -> Sequence[Tensor]:
+        kept = slot.cache.kept if slot.cache else None
+        return [kept.positions] if kept else []
+
+    def _mask_of(self, slot: Slot) -> Tensor | None:
+        return self._source.masks.get(slot.name)
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         raise AssertionError("only what is chosen exchanges")
 
@@ -171,6 +192,14 @@ class _Compared(Compressor):
             return (yield from self.usual.exchange(slot, gradient))
         total: Tensor = yield Allreduce(gradient if gradient.dtype == torch.float64 else flat32(gradient), last=True)
         return total.view(-1)
+
+    def rate_of(self, slot: Slot) -> float | None:
+        return self.usual.rate_of(slot) if self.usual else None
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        if self.known.kept:  # sends what `dense` has left in its residual as well
+            return slot.memory.compensate(slot.name, flat32(gradient))
+        return self.usual.owed(slot, gradient) if self.usual else gradient.detach().reshape(-1)
 
     def _first(self, kept: KeptCompressor, slot: Slot, gradient: Tensor) -> Exchange:
         total: Tensor = yield Allreduce(kept.summand(slot.memory.compensate(slot.name, flat32(gradient))), last=True)
