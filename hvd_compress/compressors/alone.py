@@ -43,11 +43,6 @@ def relative_error(compressor: Compressor, slot: Slot, gradient: Tensor) -> floa
     return lost / whole if whole else 0.0
 
 
-def rate_of(compressor: Compressor, slot: Slot) -> float | None:
-    """At what rate this compressor exchanges a gradient now; None if it has no rates."""
-    return compressor.rate_of(slot)
-
-
 def _alone(exchange: Exchange) -> Tensor | None:
     answer: Any = None
     try:

@@ -224,8 +224,8 @@ def gather_sum(
     """Gather every rank's payload and add what they decode to, in rank order: float32 [numel], the same bits on all.
 
     `payload` None says that this rank's gradient is not finite; then, on every rank, the sum is None.
-    `add(payloads, divisor, out)` puts the sum of all, divided by `divisor`, into `out`, float32 [numel], as a kernel
-    does: it returns a bound of |out|, finite exactly if that is, and raises kernels.PayloadError.
+    `add(payloads, divisor, out)` puts the sum of all, divided by `divisor`, into `out`, float32 [numel] on the CPU, as
+    a kernel does: it returns a bound of |out|, finite exactly if that is, and raises kernels.PayloadError.
     """
     if payload is None:
         payload, flags = _NOTHING, wire.NON_FINITE
@@ -241,8 +241,9 @@ def gather_sum(
         out = torch.empty(gradient.numel(), dtype=torch.float32, device=gradient.device)
     if any(frame.dense for frame in frames):
         add = functools.partial(_add_some_dense, frames, add)
+    payloads = [frame.payload for frame in frames]
     try:
-        slot.bound = add([frame.payload for frame in frames], slot.divisor, out)
+        slot.bound = kernels.on_host(lambda host: add(payloads, slot.divisor, host), out)
     except kernels.PayloadError as error:
         raise wire.WireError(error.rank, slot.name, "a payload that decodes", error) from error
     slot.divided = True
