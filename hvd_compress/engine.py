@@ -102,8 +102,8 @@ class Bucket:
         try:
             if not ready:
                 self._wait(meanwhile)
-            answered = [(posted.tickets, posted.take(self.telemetry, waited=not ready)) for posted in self._pending]
-            self._pending, last = [], self.last
+            pending, self._pending, last = self._pending, [], self.last  # handles can be waited for once
+            answered = [(posted.tickets, posted.take(self.telemetry, waited=not ready)) for posted in pending]
             for tickets, answers in answered:
                 for ticket, answer in zip(tickets, answers):
                     ticket.advance(answer)
@@ -198,9 +198,13 @@ class Engine:
         self.poll()
         return ticket
 
-    def confirm(self, ticket: Ticket) -> None:
-        """Take no other answer before this exchange is done; wait for it, where this engine can."""
+    def put_first(self, ticket: Ticket) -> None:
+        """Take no other answer before this exchange is done: it knows better what is wrong."""
         self._first = ticket
+
+    def confirm(self, ticket: Ticket) -> None:
+        """Put it first, and wait for it before anything else is posted, where this engine can."""
+        self.put_first(ticket)
 
     @property
     def collecting(self) -> bool:

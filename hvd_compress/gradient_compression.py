@@ -257,6 +257,7 @@ class GradientCompression(Session):
             habits=sorted(taken.late),
         )
         ticket = engine.submit(len(self.slots) + CLOSING, exchange)
+        engine.put_first(ticket)
         if changed or problem or by_scaler:
             engine.try_finish(ticket, _PATIENCE_SECONDS)
             if by_scaler:

@@ -75,7 +75,8 @@ class PacedEngine(Engine):
         """Send what has arrived since the last flush, and all later rounds of it; waits for the answers before them."""
         try:
             super().flush()
-            rest = [self._launched[place] for place in sorted(self._launched)]
+            first = None if self._first is None else self._first.bucket
+            rest = sorted(self._launched.values(), key=lambda bucket: (bucket is not first, bucket.place))
             self._unfinished = [bucket for bucket in rest if not (bucket.last or bucket.finished.is_set())]
             while self._unfinished:
                 self._advance_unfinished()
@@ -126,6 +127,8 @@ class PacedEngine(Engine):
             )
 
     def _take_last(self) -> None:
+        if self._first is not None and not self._first.done:
+            return
         for bucket in self._running:
             if bucket.last:
                 bucket.advance(block=False)
@@ -139,7 +142,7 @@ class PacedEngine(Engine):
         deadline = time.monotonic() + _ABANDON_SECONDS
         for bucket in [*self._running, *self._open.values()]:
             bucket.abandon(error, deadline)
-        self._running = []
+        self._running, self._first = [], None
         self._open.clear()
         self._arrived = {}
         self._start_interval()
