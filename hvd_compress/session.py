@@ -144,7 +144,8 @@ class Session:
     def _start(self, index: int, compressor: Compressor, gradient: Tensor, *, in_place: bool) -> Ticket:
         assert self._engine is not None
         slot = self.slots[index]
-        slot.out = gradient.detach().view(-1) if in_place and _is_flat32(gradient) else None
+        # `data`, because a version counter of its own tells what is written there from what the user changes.
+        slot.out = gradient.data.view(-1) if in_place and _is_flat32(gradient) else None
         slot.divisor, slot.divided, slot.bound = self._divisor, False, None
         if self.controller is not None:
             self.controller.submitting(self._engine, slot, gradient)
@@ -197,6 +198,11 @@ class Session:
             self.controller.settled(self._step)
         self._drop_step()
         self._divisor = self._wanted_divisor
+
+    def discard(self) -> None:
+        """Forget the step whose gradients were finished, if any: residuals stay as they were."""
+        self._finite = self._finite and not self._finished
+        self.settle()
 
     def _drop_step(self) -> None:
         self.memory.discard()
