@@ -34,6 +34,7 @@ class _AddedUp:
     compressor: SummedCompressor
     shape: torch.Size
     dtype: torch.dtype
+    size: int  # of the set of ranks
 
 
 class GradientCompression(Session):
@@ -92,6 +93,12 @@ class GradientCompression(Session):
             raise TypeError(f"{self!r} is bound to its parameters already")
         common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
         return GradientCompression(self.compressor, named_parameters, **(common | options))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As what it is and owes, without its connections: a copy is attached anew, on the same rank."""
+        named = [(slot.name, p) for slot, p in zip(self.slots, self.parameters)] if self.bound else None
+        options = {name: getattr(self, name) for name in _COMMON_OPTIONS}
+        return _remake, (self.compressor, named, options, self.controller, self.state_dict() if named else None)
 
     def adapt(self, controller: Controller) -> GradientCompression:
         """Let `controller` choose the rate of each parameter from now on; returns this. Before the first exchange."""
@@ -170,7 +177,8 @@ class GradientCompression(Session):
         from an average and as the number of ranks from a sum, and a mark, by which sets of ranks are told apart.
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
-            return self.compressor.summand(tensor), _AddedUp(self.compressor, tensor.shape, tensor.dtype)
+            size = _horovod_size(self.process_set)
+            return self.compressor.summand(tensor, size), _AddedUp(self.compressor, tensor.shape, tensor.dtype, size)
         if self._is_stale():  # elastic Horovod does not tell when ranks only leave
             self.rejoin(self.progress)
         if self._engine is None:
@@ -183,9 +191,9 @@ class GradientCompression(Session):
         if isinstance(compressor, SummedCompressor):
             if self.telemetry.recording:
                 self._look(compressor, self.slots[index], tensor)
-            summand = compressor.summand(tensor)
+            summand = compressor.summand(tensor, self.size)
             self._record(index, tensor, summand.numel() * summand.element_size())
-            return summand, _AddedUp(compressor, tensor.shape, tensor.dtype)
+            return summand, _AddedUp(compressor, tensor.shape, tensor.dtype, self.size)
         ticket = self._start(index, compressor, tensor, in_place=True)
         carrier = self._carrier(tensor)
         ticket.sent_bytes += carrier.numel() * carrier.element_size()
@@ -210,7 +218,10 @@ class GradientCompression(Session):
         self._finished = True
         self._watch(tensor)
         # Horovod adds up sparse gradients without asking compress: they come with no context.
-        return tensor if context is None else context.compressor.restore(tensor, context.shape, context.dtype)
+        if context is None:
+            return tensor
+        restored: Tensor = context.compressor.restore(tensor, context.shape, context.dtype, context.size)
+        return restored
 
     def _is_average(self, carrier: Tensor) -> bool:
         """Whether Horovod averaged or summed; raises RuntimeError if it did neither, or over other ranks than ours."""
@@ -232,6 +243,7 @@ class GradientCompression(Session):
             self._bind(parameters_of_optimizer(self))
         transport = HorovodTransport(self.process_set)
         if transport.size > 1 and self._id not in self._roll.numbers:
+            self._roll.unchecked.setdefault(self._id, self.description())  # where this is a copy
             for member in self._roll.members:  # by now their optimizers can be found
                 if member.compressor.replaces and member._id in self._roll.unchecked:
                     member._enlist()
@@ -247,9 +259,32 @@ class GradientCompression(Session):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
 
 
+def _remake(
+    compressor: Compressor,
+    named_parameters: NamedParameters | None,
+    options: dict[str, Any],
+    controller: Controller | None,
+    state: dict[str, Any] | None,
+) -> GradientCompression:
+    compression = GradientCompression(compressor, named_parameters, **options)
+    if controller is not None:
+        compression.adapt(controller)
+    compression.delist()  # until it is used: other ranks may have made no copy
+    if state is not None:
+        compression.load_state_dict(state)
+    return compression
+
+
 def _mark(rank: int) -> float:
     """A small number, exact in float16, whose mean over one set of ranks is hardly that over another."""
     return 1.0 + pow(7, rank, 97) / 64
+
+
+def _horovod_size(process_set: Any) -> int:
+    hvd = sys.modules.get("horovod.torch")
+    if hvd is None or not hvd.is_initialized():
+        return 1
+    return int(hvd.size() if process_set is None else process_set.size())
 
 
 def _say_if_single_rank(compressor: Compressor) -> None:

@@ -97,7 +97,7 @@ class KeptCompressor(SummedCompressor):
 
     algorithm = 11
 
-    def summand(self, gradient: Tensor) -> Tensor:
+    def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
         """At least one value, which is NaN if any of the gradient is not finite, kept or not."""
         values = gradient.detach().reshape(-1)
         sent = values[self.positions.to(values.device)] if self.positions.numel() else values.new_zeros(1)
@@ -105,7 +105,7 @@ class KeptCompressor(SummedCompressor):
         sent[0] += values.sum(dtype=torch.float64) * 0
         return sent
 
-    def restore(self, total: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def restore(self, total: Tensor, shape: torch.Size, dtype: torch.dtype, size: int = 1) -> Tensor:
         if not self.positions.numel():
             return (total[0] * 0).to(dtype).expand(shape).clone()
         dense = torch.zeros(shape.numel(), dtype=dtype, device=total.device)

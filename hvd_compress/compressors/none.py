@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SummedCompressor
+from .base import SummedCompressor, narrowed
 
 
 @dataclass(frozen=True)
@@ -16,5 +16,7 @@ class NoneCompressor(SummedCompressor):
 
     algorithm = 0
 
-    def summand(self, gradient: Tensor) -> Tensor:
+    def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
+        if gradient.dtype == torch.float16:
+            return narrowed(gradient, size)
         return gradient.float() if gradient.dtype == torch.bfloat16 else gradient
