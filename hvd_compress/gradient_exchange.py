@@ -63,15 +63,15 @@ class GradientExchange:
         self._running: dict[int, _Running] = {}
         self._thrown: dict[int, _Running] = {}  # of gradients that are gone, to be finished all the same
 
-    def take(self, index: int, parameter: Tensor) -> None:
+    def take(self, index: int) -> None:
         """Called by a hook: the parameter has a gradient, of one backward pass more.
 
         Raises RuntimeError when it was handed in already, and was added to since.
         """
-        if self.compression.size == 1:
-            return
+        parameter = self.compression.parameters[index]
         gradient, last = parameter.grad, self._taken.get(index)
-        assert gradient is not None
+        if self.compression.size == 1 or gradient is None:  # another hook may have used it up
+            return
         grown = last is not None and (gradient is last.gradient or gradient.grad_fn is not None)
         if index in self._running:
             if grown:
@@ -94,10 +94,11 @@ class GradientExchange:
         self._throw()
         self._taken.clear()
 
-    def synchronize(self, *, fault: str | None = None, again: bool = False) -> None:
+    def synchronize(self, *, fault: str | None = None, unscaled: bool = False, again: bool = False) -> None:
         """Combine gradients over the ranks.
 
         fault: what is wrong with this rank's optimizer.
+        unscaled: this rank's gradients were changed, in a way that their version counters do not tell.
         again: only gradients whose hook fired since the last time; the others are combined already.
 
         Raises, on all ranks or on none, ValueError for a fault, MismatchError when the ranks train other parameters,
@@ -109,6 +110,8 @@ class GradientExchange:
             return
         mine = self._facts(again)
         mine.note_general(General.FAULT, bool(fault))
+        for index in self._taken if unscaled else ():
+            mine.note(index, Fact.CHANGED)
         agreed = self.agreement.put_together(mine)
         names = [slot.name for slot in self.compression.slots]
         error = disagreement.find(self.agreement, mine, agreed, names, fault)
@@ -232,4 +235,4 @@ def _laid_out(parameter: Tensor, sparse_dimensions: int) -> Tensor:
         return torch.zeros_like(parameter, layout=torch.strided)
     indices = torch.empty((sparse_dimensions, 0), dtype=torch.int64, device=parameter.device)
     values = torch.empty((0, *parameter.shape[sparse_dimensions:]), dtype=parameter.dtype, device=parameter.device)
-    return torch.sparse_coo_tensor(indices, values, parameter.shape)
+    return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)

@@ -96,7 +96,10 @@ class DistributedMixin(torch.optim.Optimizer):
         self._combine(again=False)
 
     def _combine(self, *, again: bool) -> None:
-        self._exchange.synchronize(fault=self._look_over_groups(), again=again)
+        scaler = self._exchange.scaler() if self._exchange.scaler else None
+        # GradScaler.unscale_ leaves this behind, but no mark on the gradients' version counters.
+        unscaled = not again and scaler is not None and bool(scaler._found_inf_per_device(self))
+        self._exchange.synchronize(fault=self._look_over_groups(), unscaled=unscaled, again=again)
         self._synchronized = True
 
     @contextmanager
@@ -147,12 +150,13 @@ class DistributedMixin(torch.optim.Optimizer):
         if self.compression.size == 1:
             return loss
         is_tensor = isinstance(loss, Tensor)
+        loss = loss.detach() if is_tensor else loss
         is_number = loss.numel() == 1 and not loss.is_complex() if is_tensor else isinstance(loss, numbers.Real)
         total = self._exchange.agreement.sum(float(loss) if is_number else None)
         if total is None:
             return loss
         value = total / (self.compression.size if self._exchange.average else 1)
-        return torch.full_like(loss.detach(), value) if is_tensor else value
+        return torch.full_like(loss, value) if is_tensor else value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of any optimizer. Gradients that no step was made with leave the residuals as they were."""
@@ -213,9 +217,9 @@ class _Hook:
     def __init__(self, exchange: GradientExchange, index: int) -> None:
         self._exchange, self._index = weakref.ref(exchange), index
 
-    def __call__(self, parameter: Tensor) -> None:
+    def __call__(self, _: Tensor) -> None:
         if (exchange := self._exchange()) is not None:
-            exchange.take(self._index, parameter)
+            exchange.take(self._index)
 
 
 def _scaler_that_steps() -> Any:
