@@ -67,8 +67,10 @@ class Training:
         time.sleep(delay)
         order = list(self.of) if (self.rank + step) % 2 else list(reversed(self.of))
         backward(self.of, known(self.of, self.rank, step), order)
-        self.optimizer.step()
-        self.rates.append([slot.rate for slot in self.compression.slots])
+        self.optimizer.synchronize()
+        self.rates.append([slot.rate for slot in self.compression.slots])  # step() may bring those of the next step
+        with self.optimizer.skip_synchronize():
+            self.optimizer.step()
         return {name: p.grad.clone() for name, p in self.of.items() if p.grad is not None}
 
     def load(self, parameters: dict[str, Tensor], optimizer: Any, compression: Any) -> None:
