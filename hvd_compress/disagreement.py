@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from .agreement import Agreement, Fact, Facts, General
+from .facts import Agreement, Fact, Facts, General
 from .fingerprint import MismatchError
 
 _NAMED = 3  # parameters in one error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import disagreement
-from .agreement import Agreement, Fact, Facts, General
+from .facts import Agreement, Fact, Facts, General
 from .engine import Ticket
 from .gradient_compression import GradientCompression
 from .log import log

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from . import fingerprint
-from .agreement import Agreement
+from .facts import Agreement
 from .binding import NamedParameters
 from .compression import Compression
 from .gradient_compression import GradientCompression, say_single_rank

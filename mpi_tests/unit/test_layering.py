@@ -32,7 +32,7 @@ LAYERS = [
     {"session"},
     {"ordered_engine", "adaptive", "disagreement"},
     {"training"},
-    {"binding", "fingerprint", "engine", "agreement"},
+    {"binding", "fingerprint", "engine", "facts"},
     {"transports"},
     {"compressors"},
     {"wire", "memory", "requests", "telemetry", "schedules"},
