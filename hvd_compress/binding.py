@@ -33,9 +33,11 @@ class Binding:
         pairs = list(named_parameters) if isinstance(named_parameters, Iterable) else []
         _check(pairs, exclude)
         self.parameters = [parameter for _, parameter in pairs]
+        # What is exchanged of complex parameters are pairs of real numbers.
+        real = [torch.view_as_real(p.detach()) if p.is_complex() else p for p in self.parameters]
         self.slots = [
-            Slot(name, index, parameter.shape, seed=seed, memory=memory, parameter=parameter)
-            for index, (name, parameter) in enumerate(pairs)
+            Slot(name, index, real[index].shape, seed=seed, memory=memory, parameter=real[index])
+            for index, (name, _) in enumerate(pairs)
         ]
         if isinstance(compressor, SummedCompressor):  # costs nothing extra, so that no tensor is too small for it
             dimensions = min_numel = 0

@@ -46,6 +46,7 @@ class _AddedUp:
     compressor: SummedCompressor
     gradient: Tensor
     version: int  # of the gradient, when the summand was made of it
+    size: int  # of the set of ranks
 
 
 class GradientCompression(Session):
@@ -110,6 +111,12 @@ class GradientCompression(Session):
             raise TypeError(f"{self!r} is bound to its parameters already")
         common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
         return GradientCompression(self.compressor, named_parameters, **(common | options))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As what it is and owes, without its connections: a copy is attached anew, on the same rank."""
+        named = [(slot.name, p) for slot, p in zip(self.slots, self.parameters)] if self.bound else None
+        options = {name: getattr(self, name) for name in _COMMON_OPTIONS}
+        return _remake, (self.compressor, named, options, self.controller, self.state_dict() if named else None)
 
     def adapt(self, controller: Controller) -> GradientCompression:
         """Let `controller` choose the rate of each parameter from now on; returns this. Before the first exchange."""
@@ -183,7 +190,8 @@ class GradientCompression(Session):
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
             self._taken.add(-1, tensor)
-            return self.compressor.summand(tensor), _AddedUp(self.compressor, tensor, tensor._version)
+            size = _horovod_size(self.process_set)
+            return self.compressor.summand(tensor, size), _AddedUp(self.compressor, tensor, tensor._version, size)
         if self._is_stale():  # elastic Horovod does not tell when ranks only leave
             self.rejoin(self.progress)
         if self._engine is None:
@@ -197,9 +205,9 @@ class GradientCompression(Session):
         if isinstance(compressor, SummedCompressor):
             if self.telemetry.recording:
                 self._look(compressor, self.slots[index], tensor)
-            summand = compressor.summand(tensor)
+            summand = compressor.summand(tensor, self.size)
             self._record(index, tensor, summand.numel() * summand.element_size())
-            return summand, _AddedUp(compressor, tensor, tensor._version)
+            return summand, _AddedUp(compressor, tensor, tensor._version, self.size)
         frozen = not self.parameters[index].requires_grad  # then Horovod reduces zeros
         ticket = self._start(index, compressor, tensor, in_place=True, frozen=frozen)
         carrier = self._carrier(tensor)
@@ -231,7 +239,8 @@ class GradientCompression(Session):
         gradient = context.gradient
         if gradient._version != context.version:
             raise GradientChangedError.of([f"a parameter of shape {tuple(gradient.shape)}"])
-        return context.compressor.restore(tensor, gradient.shape, gradient.dtype)
+        restored: Tensor = context.compressor.restore(tensor, gradient.shape, gradient.dtype, context.size)
+        return restored
 
     def _close_step(self) -> None:
         """All gradients of the step are handed in: have the ranks compare what they have seen of it.
@@ -295,6 +304,7 @@ class GradientCompression(Session):
             self._bind(parameters_of_optimizer(optimizer or self._refuse_unbound()))
         transport = HorovodTransport(self.process_set)
         if transport.size > 1 and self._id not in self._roll.numbers:
+            self._roll.unchecked.setdefault(self._id, self.description())  # where this is a copy
             for member in self._roll.members:  # parameters may have been frozen meanwhile
                 if member._id in self._roll.unchecked:
                     member._enlist()
@@ -326,9 +336,32 @@ def _watch_steps() -> None:
     register_optimizer_step_post_hook(stepped)
 
 
+def _remake(
+    compressor: Compressor,
+    named_parameters: NamedParameters | None,
+    options: dict[str, Any],
+    controller: Controller | None,
+    state: dict[str, Any] | None,
+) -> GradientCompression:
+    compression = GradientCompression(compressor, named_parameters, **options)
+    if controller is not None:
+        compression.adapt(controller)
+    compression.delist()  # until it is used: other ranks may have made no copy
+    if state is not None:
+        compression.load_state_dict(state)
+    return compression
+
+
 def _mark(rank: int) -> float:
     """A small number, exact in float16, whose mean over one set of ranks is hardly that over another."""
     return 1.0 + pow(7, rank, 97) / 64
+
+
+def _horovod_size(process_set: Any) -> int:
+    hvd = sys.modules.get("horovod.torch")
+    if hvd is None or not hvd.is_initialized():
+        return 1
+    return int(hvd.size() if process_set is None else process_set.size())
 
 
 def _say_if_single_rank(compressor: Compressor) -> None:

@@ -273,7 +273,7 @@ class Session:
 
         For a script that throws synchronized gradients away; on every rank.
         """
-        self._finite = False
+        self._finite = self._finite and not self._finished
         self.settle()
 
     def _drop_step(self) -> None:

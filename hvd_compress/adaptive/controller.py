@@ -90,6 +90,9 @@ class Replay(Controller):
         super().__init__(policy)
         self._path = Path(path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._path, self.policy)
+
     def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
         super().bind(compressor, slots)
         self._plans = journal.read(self._path, [slot.name for slot in slots])

@@ -49,6 +49,10 @@ class Planner(Controller):
         self.link: Link | None = None  # measured in the first step, and in the one before each decision
         self._measures = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it was made: what it has decided and added up is part of the session's state."""
+        return type(self), (self.policy, self.options)
+
     def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
         super().bind(compressor, slots)
         payload_table(compressor, self._layers(0))  # raises for rates that cannot be

@@ -119,16 +119,42 @@ class SummedCompressor(Compressor):
     """An algorithm whose whole exchange is one SUM of a type that Horovod and MPI can add: no frames, no carrier."""
 
     @abc.abstractmethod
-    def summand(self, gradient: Tensor) -> Tensor:
-        """What is added up over the ranks in place of `gradient`."""
+    def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
+        """What is added up over the ranks in place of `gradient`.
 
-    def restore(self, total: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The aggregated gradient, from what came of the summands."""
-        return total.to(dtype)
+        size: of how many summands the sum may be too large for float16, though their mean is not: where that is the
+            type, they are divided by a power of two that is no smaller. It costs numbers below 2**-14 * size bits.
+        """
+
+    def restore(self, total: Tensor, shape: torch.Size, dtype: torch.dtype, size: int = 1) -> Tensor:
+        """The aggregated gradient, from what came of the summands of this `size`."""
+        return widened(total, size).to(dtype)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(self.summand(gradient), last=True)
-        return total.to(torch.float32 if gradient.dtype != torch.float64 else torch.float64).reshape(-1)
+        dtype = torch.float32 if gradient.dtype != torch.float64 else torch.float64
+        summand = self.summand(gradient)
+        half: Tensor = yield Allreduce(summand, last=summand.dtype != torch.float16)
+        total = half.to(dtype).reshape(-1)
+        if half.dtype == torch.float16 and slot.size > 1 and not math.isfinite(max_abs(total)):
+            # As seldom as gradients are so large; dividing all of them would cost small ones their bits.
+            smaller: Tensor = yield Allreduce(self.summand(gradient, slot.size), last=True)
+            total = torch.where(total.isfinite(), total, widened(smaller, slot.size).to(dtype).reshape(-1))
+        return total
+
+
+def narrowed(summand: Tensor, size: int) -> Tensor:
+    """Small enough for the sum of so many to fit in float16, if their mean does."""
+    return summand / _power_of_two(size) if size > 1 else summand
+
+
+def widened(total: Tensor, size: int) -> Tensor:
+    """Undo `narrowed` for the sum or the mean of float16 summands, in float32; of other types it is as it was."""
+    return total.float() * _power_of_two(size) if size > 1 and total.dtype == torch.float16 else total
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is at least `size`: no more bits are lost than it has."""
+    return 1 << (size - 1).bit_length()
 
 
 class SparsifyingCompressor(Compressor):

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Slot, SummedCompressor
+from .base import Slot, SummedCompressor, narrowed
 from .footprint import Sent
 
 
 @dataclass(frozen=True)
 class FP16Compressor(SummedCompressor):
-    """Cast to float16, add in float16. Values past 65504 become infinite, in the sum too."""
+    """Cast to float16, add in float16. Values past 65504 become infinite; a sum may be larger, if its mean fits."""
 
     algorithm = 1
 
     def sent(self, slot: Slot) -> Sent:
         return Sent(reduced=2 * slot.shape.numel())
 
-    def summand(self, gradient: Tensor) -> Tensor:
-        return gradient.to(torch.float16) if gradient.is_floating_point() else gradient
+    def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
+        return narrowed(gradient, size).to(torch.float16) if gradient.is_floating_point() else gradient

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import wire
 from ..memory import POSITIONS
 from ..requests import Allgather, Allreduce, Exchange
-from .base import Compressor, Slot, SummedCompressor, flat32, max_abs, unpack
+from .base import Compressor, Slot, SummedCompressor, flat32, max_abs, narrowed, unpack, widened
 from .footprint import Sent
 
 _MASK = "the mask of "
@@ -142,24 +142,25 @@ class KeptCompressor(SummedCompressor):
 
     algorithm = 11
 
-    def summand(self, gradient: Tensor) -> Tensor:
+    def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
         """At least one value, which is NaN if any of the gradient is not finite, kept or not."""
         values = gradient.detach().reshape(-1)
         sent = values[self.positions.to(values.device)] if self.positions.numel() else values.new_zeros(1)
         sent = sent.float() if sent.dtype == torch.bfloat16 else sent  # which Horovod and MPI can add
         sent[0] += values.sum(dtype=torch.float64) * 0
-        return sent
+        return narrowed(sent, size) if sent.dtype == torch.float16 else sent
 
-    def restore(self, total: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def restore(self, total: Tensor, shape: torch.Size, dtype: torch.dtype, size: int = 1) -> Tensor:
+        total = widened(total, size)
         if not self.positions.numel():
             return (total[0] * 0).to(dtype).expand(shape).clone()
         dense = torch.zeros(shape.numel(), dtype=dtype, device=total.device)
         return dense.index_copy_(0, self.positions.to(total.device), total.to(dtype)).view(shape)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(self.summand(gradient), last=True)
+        total: Tensor = yield Allreduce(self.summand(gradient, slot.size), last=True)
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        return self.restore(total, gradient.shape, dtype).view(-1)
+        return self.restore(total, gradient.shape, dtype, slot.size).view(-1)
 
 
 @dataclass(frozen=True, eq=False)

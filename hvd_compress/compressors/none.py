@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Slot, SummedCompressor
+from .base import Slot, SummedCompressor, narrowed
 from .footprint import Sent
 
 
@@ -20,5 +20,7 @@ class NoneCompressor(SummedCompressor):
     def sent(self, slot: Slot) -> Sent:
         return Sent(reduced=4 * slot.shape.numel())
 
-    def summand(self, gradient: Tensor) -> Tensor:
+    def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
+        if gradient.dtype == torch.float16:
+            return narrowed(gradient, size)
         return gradient.float() if gradient.dtype == torch.bfloat16 else gradient

@@ -34,26 +34,49 @@ def mpi(plain_mpi: Job):
     return mpi
 
 
-def test_zero_grad_before_the_step_is_refused(several: Job, mpi) -> None:
-    job = several
+@pytest.mark.parametrize("passes", [1, 2])
+def test_backward_passes_past_those_announced_are_added_at_first_and_refused_under_way(
+    job: Job, mpi, passes: int
+) -> None:
+    """In the first step nothing travels before step(); and at one rank, never."""
     of = parameters()
-    optimizer = job.distribute(sgd(of), of.items(), COMPRESSIONS["topk"](of.items()))
-    backward(of, gradients(of, job.rank, 0))
-    with pytest.raises(RuntimeError, match=r"zero_grad.*step\(\) or synchronize\(\)"):
+    make = COMPRESSIONS["topk"]
+    optimizer = job.distribute(sgd(of), of.items(), make(of.items()), backward_passes_per_step=passes)
+    simulation = Simulation(job.size, make, of)
+
+    def train(known: int) -> None:
         optimizer.zero_grad()
-    optimizer.step()
-    optimizer.zero_grad()
+        for _ in range(known):
+            backward(of, gradients(of, job.rank, known))
+        optimizer.step()
+        ranks = [{name: known * g for name, g in gradients(of, rank, known).items()} for rank in range(job.size)]
+        assert_equal(grads(of), simulation.exchange(ranks))
+
+    train(passes)
+    if job.size > 1:
+        for _ in range(passes):
+            backward(of, gradients(of, job.rank, 0))
+        with pytest.raises(RuntimeError, match=rf"backward_passes_per_step={passes}.*use_reentrant=False"):
+            backward(of, gradients(of, job.rank, passes))
+        with pytest.raises(RuntimeError, match=r"changed on rank.*synchronize\(\)"):
+            optimizer.step()
+    train(passes)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_too_many_backward_passes_are_refused(job: Job, mpi, passes: int) -> None:
+def test_a_first_step_of_more_passes_than_announced_trains_on(job: Job, mpi, passes: int) -> None:
     of = parameters()
-    optimizer = job.distribute(sgd(of), of.items(), COMPRESSIONS["topk"](of.items()), backward_passes_per_step=passes)
-    for step in range(passes):
-        backward(of, gradients(of, job.rank, step))
-    with pytest.raises(RuntimeError, match=f"backward_passes_per_step={passes}"):
-        backward(of, gradients(of, job.rank, passes))
-    optimizer.step()
+    make = COMPRESSIONS["adacomp"]
+    optimizer = job.distribute(sgd(of), of.items(), make(of.items()), backward_passes_per_step=passes)
+    simulation = Simulation(job.size, make, of)
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(passes + 1):
+            backward(of, gradients(of, job.rank, 10 * step + part))
+        optimizer.step()
+        of_ranks = [[gradients(of, rank, 10 * step + part) for part in range(passes + 1)] for rank in range(job.size)]
+        sums = [{name: sum(part[name] for part in parts) for name in of} for parts in of_ranks]
+        assert_equal(grads(of), simulation.exchange(sums))
 
 
 WRONG = {
@@ -61,6 +84,13 @@ WRONG = {
     "op must be": {"op": "average"},
     "compression must come": {"compression": object()},
 }
+
+
+def test_an_optimizer_is_distributed_once(job: Job, mpi) -> None:
+    of = parameters()
+    optimizer = job.distribute(sgd(of), of.items(), COMPRESSIONS["topk"](of.items()))
+    with pytest.raises(ValueError, match="SGD is distributed already"):
+        mpi.DistributedOptimizer(optimizer, of.items())
 
 
 @pytest.mark.parametrize("told", WRONG)
@@ -96,8 +126,6 @@ def test_schedulers_work(job: Job, mpi, first: str) -> None:
     optimizer = job.distribute(inner, of.items(), COMPRESSIONS["topk"](of.items())) if first == "wrapper" else None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        if first == "scheduler":  # it watches the step of the optimizer that it was given, as under Horovod
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer or inner, step_size=2, gamma=0.5)
         optimizer = optimizer or job.distribute(inner, of.items(), COMPRESSIONS["topk"](of.items()))
         for step, rate in enumerate([1.0, 1.0, 0.5, 0.5, 0.25]):
