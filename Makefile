@@ -1,6 +1,8 @@
 # Every target that needs .venv builds it first; a set-up that is already done costs a fraction of a second.
 RANKS ?= 2
 ARGS ?=
+TIMES ?= 5
+PART ?=
 
 # Taken by scripts/setup; what is not given stays as the last set-up had it.
 export MPI TORCH PYTHON
@@ -8,7 +10,7 @@ export MPI TORCH PYTHON
 run := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-native wheel format clean distclean
+.PHONY: help setup demo test test-repeat test-long check check-native wheel format clean distclean
 .PHONY: bench-codec bench-network bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
 
 help: ## list the targets
@@ -24,6 +26,12 @@ demo: setup ## train the digits example with four compressors on RANKS ranks und
 
 test: setup ## run the suite at 1, 2 and 4 ranks; ARGS go to pytest
 	@$(run)/python -m mpi_tests $(ARGS)
+
+test-repeat: setup ## run the suite TIMES times, or the parts whose names contain PART, and count failures
+	@$(run)/python -m mpi_tests --repeat $(TIMES) --part '$(PART)' $(ARGS)
+
+test-long: setup ## run the slow studies that `make test` leaves out
+	@$(run)/python -m mpi_tests --long $(ARGS)
 
 check: setup ## formatting, lint and types; changes nothing
 	$(run)/ruff format --check .
