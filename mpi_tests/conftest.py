@@ -1,4 +1,4 @@
-"""What all tests need: one thread a process, or the ranks of a job would fight for the cores; no compiler of torch's."""
+"""What all tests need: one thread a process, or ranks would fight for the cores; none of torch's compiler."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Keeps torch from importing its compiler at an optimizer's first step: as long again as torch itself, in every process.
+"""Keeps torch from importing its compiler at an optimizer's first step: as long again as torch itself, a process.
 
 Nothing in the suite is compiled but what a test asks for: whatever else is wanted of torch._dynamo brings the real one.
 The examples, which the suite runs as users do, have it from the start.

@@ -25,8 +25,8 @@ from .job import Job, join
 from .left_over import left_over
 from .rendezvous import Rendezvous
 
-_STACKS_SECONDS = 30  # of a test, until all ranks print their stacks
-_TEST_SECONDS = 33  # until it is ended
+_STACKS_SECONDS = int(os.environ.get("HVD_COMPRESS_TEST_SECONDS", 30))  # of a test, until all ranks print their stacks
+_TEST_SECONDS = _STACKS_SECONDS + 3  # until it is ended
 _ENDS_SECONDS = 60  # to start the job, and to end it
 _GRACE_SECONDS = 4.0
 _LEFT_OVER_SECONDS = 5.0  # at the end of a test, for what all ranks have posted to end
