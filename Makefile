@@ -12,11 +12,12 @@ run := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-repeat test-long check check-native wheel format clean distclean
 .PHONY: bench-codec bench-network bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
+.PHONY: bench-faults bench-frames bench-soak
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
-	@echo 'Variables: RANKS=2 (demo), ARGS="-k wire" (test), MPI=pip|system, TORCH=torch==2.13.0, PYTHON=python3 (setup)'
+	@echo 'Variables: RANKS=2 (demo), ARGS="-k wire" (test), TIMES=5 PART=gloo (test-repeat), MPI=pip|system, TORCH=torch==2.13.0, PYTHON=python3 (setup)'
 
 setup: ## build .venv: Open MPI, torch for the CPU, Horovod, this package (minutes the first time)
 	@scripts/setup
@@ -69,6 +70,15 @@ bench-pruning: setup ## what pruning activation gradients costs, and what backwa
 
 bench-accuracy: setup ## what every method costs in accuracy, over seeds (an hour and more)
 	@$(run)/python benchmarks/accuracy.py
+
+bench-faults: setup ## what goes wrong in training, and how it ends: counted on every back end
+	@$(run)/python benchmarks/faults.py
+
+bench-frames: setup ## a million damaged frames: none is taken for a good one, none crashes
+	@OMP_NUM_THREADS=1 $(run)/python benchmarks/frames.py
+
+bench-soak: setup ## ten thousand steps on two ranks: equal replicas, flat memory
+	@$(run)/python benchmarks/soak.py
 
 format: setup ## rewrite the Python files as `make check` wants them
 	$(run)/ruff format .
