@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .launch import ROOT, patience, start
+from .launch import ROOT, no_control_codes, patience, start
 
 BENCHMARKS = ROOT / "benchmarks"
 SECONDS = 120.0
@@ -40,6 +40,7 @@ def rows_of(script: str, out: Path, **environment: str) -> tuple[list[dict], str
     ended = start(command, OUT=str(out), **environment).end(SECONDS * patience())
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []
+    assert no_control_codes(ended.output)
     return json.loads(out.read_text()), ended.output
 
 
@@ -170,3 +171,33 @@ def test_the_overhead_benchmark_tells_where_time_and_memory_go(tmp_path):
     # A residual and the memory of the next one, of 40 MB each; not many steps' gradients.
     assert under_horovod[3]["peak_bytes_over_none"] < 150e6
     assert "us of Python a tensor" in output
+
+
+def test_damaged_frames_are_refused_or_read(tmp_path):
+    rows, output = rows_of("frames.py", tmp_path / "rows.json", METHODS="topk_0.3,terngrad", FRAMES="2000")
+    assert [(row["method"], row["frames"], row["wrong"], row["crashed"]) for row in rows] == [
+        ("topk_0.3", 1000, 0, ""),
+        ("terngrad", 1000, 0, ""),
+    ]
+    assert all(row["refused"] > 500 and row["read"] > 50 for row in rows)
+    assert "0 wrongly accepted, 0 crashes" in output
+
+
+@pytest.mark.long
+def test_faults_are_counted(tmp_path):
+    faults = {"FAULTS": "nan_on_one_rank,wrong_shapes,corrupt_frame_received", "BACKENDS": "mpi4py", "TIMES": "1"}
+    rows, output = rows_of("faults.py", tmp_path / "rows.json", **faults)
+    assert [(row["fault"], row["good"], row["outcome"]) for row in rows] == [
+        ("nan_on_one_rank", 1, "exact recovery"),
+        ("wrong_shapes", 1, "error"),
+        ("corrupt_frame_received", 1, "error"),
+    ]
+    assert "3 of 3 ended well, 0 did not" in output
+
+
+@pytest.mark.long
+def test_the_soak_compares_replicas_and_reads_memory(tmp_path):
+    rows, output = rows_of("soak.py", tmp_path / "rows.json", METHODS="topk", STEPS="100", CHECKS="4")
+    assert [(row["step"], row["equal"]) for row in rows] == [(25, True), (50, True), (75, True), (100, True)]
+    assert all(row["resident_bytes"] > 0 for row in rows)
+    assert "100 steps" in output
