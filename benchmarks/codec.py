@@ -1,6 +1,7 @@
 """Time the kernels against the memory, and against the torch operations that they replace, interleaved in one run.
 
-Prints a table of GB/s of gradient read and of ratios within the run; --out writes medians as a JSON list. One thread.
+Prints a table of GB/s of gradient read and of ratios within the run, then one of the decoders at several numbers of
+ranks; --out writes medians as a JSON list. One thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import decoders
 import numpy as np
 import torch
 from rich.console import Console
@@ -25,6 +27,9 @@ from hvd_compress.kernels import native, reference
 from report import write_rows
 
 SIZES = {"64K": 1 << 16, "1M": 1 << 20, "25M": 25_000_000}
+MOST_DECODED = SIZES[
+    "1M"
+]  # elements that decoders are timed with: their payloads are as many times as long as there are ranks
 KEY = kernels.stream_key(0)
 RANKS = 4
 _SCALE = 1e-3  # of the gradients
@@ -160,7 +165,7 @@ def show(rows: Sequence[dict], previous: Sequence[dict]) -> None:
         table.add_column(title, justify="left" if title in ("kernel", "bar", "") else "right")
     if previous:
         table.add_column("x before", justify="right")
-    before = {(row["kernel"], row["numel"]): row["native"] for row in previous}
+    before = {(row["kernel"], row["numel"]): row["native"] for row in previous if "ranks" not in row}
     for row in rows:
         mine = row["native"]
         bandwidths = [f"{4e-9 * row['numel'] / row[what]:.1f}" for what in ("native", "memcpy", "read", "triad")]
@@ -185,27 +190,48 @@ def judged(row: dict) -> tuple[str, str]:
     return text, "reached" if reached else "missed"
 
 
-def main() -> None:
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    every = [*KERNELS, *decoders.DECODERS]
     parser.add_argument("--kernels", default=os.environ.get("KERNELS", ""), help="names, with commas; default all")
     parser.add_argument("--sizes", default=os.environ.get("SIZES", "64K,1M,25M"), help="of " + ", ".join(SIZES))
+    parser.add_argument("--ranks", default=os.environ.get("RANKS", "4,8,32"), help="at which decoders are timed")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None, help="file for the rows, as JSON")
     parser.add_argument("--previous", type=Path, default=os.environ.get("PREVIOUS") or None, help="such a file")
-    options = parser.parse_args()
-    names = options.kernels.split(",") if options.kernels else list(KERNELS)
-    sizes = options.sizes.split(",")
-    if unknown := sorted({*names} - {*KERNELS}) + sorted({*sizes} - {*SIZES}):
-        parser.error(f"unknown: {', '.join(unknown)}. Kernels: {', '.join(KERNELS)}; sizes: {', '.join(SIZES)}")
+    options = parser.parse_args(arguments)
+    options.kernels = options.kernels.split(",") if options.kernels else every
+    options.sizes = options.sizes.split(",")
+    if unknown := sorted({*options.kernels} - {*every}) + sorted({*options.sizes} - {*SIZES}):
+        parser.error(f"unknown: {', '.join(unknown)}. Kernels: {', '.join(every)}; sizes: {', '.join(SIZES)}")
+    try:
+        options.ranks = sorted({int(count) for count in options.ranks.split(",")})
+    except ValueError:
+        parser.error(f"ranks must be numbers, with commas: {options.ranks}")
+    if options.ranks[0] < 1:
+        parser.error(f"ranks must be at least 1: {options.ranks[0]}")
     if kernels.in_use() == "torch":
         parser.error("there are no C++ kernels to measure: see docs/installing.md")
+    return options
+
+
+def main() -> None:
+    options = options_of()
     torch.set_num_threads(1)
+    previous = json.loads(options.previous.read_text()) if options.previous else []
     rows = []
-    for size in sizes:
+    names = [name for name in options.kernels if name in KERNELS]
+    for size in options.sizes if names else ():
         buffers = Buffers(SIZES[size])
         rows += [measure(name, buffers) for name in names]
-    show(rows, json.loads(options.previous.read_text()) if options.previous else [])
+    if rows:
+        show(rows, previous)
+    numel = min(max(SIZES[size] for size in options.sizes), MOST_DECODED)
+    names = [name for name in options.kernels if name in decoders.DECODERS]
+    decoded = [row for name in names for row in decoders.measure(name, options.ranks, numel)]
+    if decoded:
+        decoders.show(decoded, previous)
     if options.out:
-        write_rows(options.out, rows)
+        write_rows(options.out, rows + decoded)
 
 
 if __name__ == "__main__":

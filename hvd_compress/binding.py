@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import gc
+import sys
 from collections.abc import Collection, Iterable, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Binding:
         ]
         for slot, compressed in zip(self.slots, self.compressed):
             slot.compressed = compressed
+        self.index_of = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self._next: dict[int, int] = {}  # whose hook came after whose
         self._last = -1
 
@@ -79,23 +81,23 @@ class Binding:
         )
 
 
-def parameters_of_optimizer(compression: object) -> NamedParameters:
-    """The parameters of the optimizer that was given `compression`, named by their places, alike on every rank.
-
-    For a compression that is passed unbound, as Horovod's own are. Raises ValueError if no optimizer has it.
-    """
-    if (optimizer := optimizer_of(compression)) is None:
-        raise ValueError(f"{compression!r} does not know its parameters: call it with model.named_parameters()")
+def parameters_of_optimizer(optimizer: torch.optim.Optimizer) -> NamedParameters:
+    """Its parameters, named by their places, alike on every rank: for a compression that is passed unbound."""
     groups = enumerate(optimizer.param_groups)
     return [(f"{g}.{i}", p) for g, group in groups for i, p in enumerate(group["params"])]
 
 
-def optimizer_of(compression: object) -> torch.optim.Optimizer | None:
-    """The optimizer that was given `compression`: Horovod's does not introduce itself."""
-    for referrer in gc.get_referrers(compression):
-        for owner in (referrer, *gc.get_referrers(referrer)):
-            if isinstance(owner, torch.optim.Optimizer):
-                return owner
+def calling_optimizer(compression: object) -> torch.optim.Optimizer | None:
+    """The optimizer that was given `compression` and is calling it: Horovod's does not introduce itself.
+
+    Its method is among the calls under way. None if something else calls.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.optim.Optimizer) and getattr(caller, "_compression", None) is compression:
+            return caller
+        frame = frame.f_back
     return None
 
 

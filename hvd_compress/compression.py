@@ -272,7 +272,7 @@ class Compression:
         eta: float = 0.5,
         interval: int = 1000,
         warmup_steps: int | None = None,
-        window: int = 10,
+        window: int | None = None,
         log: str | Path | None = None,
         plan: str | Path | None = None,
     ) -> GradientCompression:
@@ -280,8 +280,10 @@ class Compression:
         MLSys 2021). Returns `base`, which adapts from now on.
 
         low, high: rates of low and of high compression, such as densities 0.1 and 0.01.
-        eta: relative change of the norm of a layer's gradients, from one decision to the next, that makes it critical.
-        interval, warmup_steps, window, log, plan: as of `lgreco`.
+        eta: relative change of the norm of a layer's accumulated gradient, from one decision to the next, that makes it
+            critical. Accumulated is what the ranks receive.
+        window: over so many steps before a decision; None for all since the decision before, as in the paper.
+        interval, warmup_steps, log, plan: as of `lgreco`.
         """
-        options = Options(interval=interval, warmup_steps=warmup_steps, window=window, log=log)
+        options = Options(interval=interval, warmup_steps=warmup_steps, window=1, norm_window=window, log=log)
         return _adapted(base, Accordion(low=low, high=high, eta=eta), plan, options)

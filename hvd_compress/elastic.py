@@ -1,4 +1,4 @@
-"""Elastic Horovod: keeps residuals through commit, restore and reset.
+"""Elastic Horovod: keeps what a compression knows through commit, restore and reset.
 
 from hvd_compress import elastic
 
@@ -8,39 +8,65 @@ state = hvd.elastic.TorchState(model, optimizer, compression=compression, epoch=
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 from .gradient_compression import GradientCompression
+from .log import log
+
+
+class Keeper:
+    """What a worker has committed of a compression: residuals, step, loss scale, plan of rates, sums for the next one.
+
+    Every worker keeps its own residuals; workers that are gone take theirs with them, new ones start with none.
+    """
+
+    def __init__(self, compression: GradientCompression) -> None:
+        self.save(compression)
+
+    def save(self, compression: GradientCompression) -> None:
+        self._saved = compression.snapshot()
+
+    def restore(self, compression: GradientCompression) -> None:
+        compression.detach()
+        compression.go_back(self._saved)
+
+    def sync(self, compression: GradientCompression, broadcast: Callable[[Any], Any], size: int) -> None:
+        """Go on together with all workers there are now; `broadcast` gives what rank 0 has."""
+        compression.rejoin(broadcast(compression.progress))
+        self.save(compression)
+        replaces = compression.compressor.replaces
+        if size == 1 and replaces and os.environ.get("HOROVOD_ELASTIC") != "1":
+            log.warning(
+                "one worker is left, and Horovod may hand it no gradients to compress: training would go on without "
+                "the %s that %r applies. Start the job by horovodrun with --min-np and --host-discovery-script, whose "
+                "workers keep it, or with --min-np 2.",
+                replaces,
+                compression,
+            )
 
 
 def register() -> None:
     """Teach `horovod.torch.elastic.TorchState` what a compression is; call it once, before the state is made."""
+    import horovod.torch as hvd
     from horovod.torch.elastic import state
     from horovod.torch.functions import broadcast_object
 
     class CompressionStateHandler(state.StateHandler):
-        """Every rank keeps its own residuals; ranks that are gone take theirs with them, new ones start with none."""
-
         def __init__(self, compression: GradientCompression) -> None:
             super().__init__(compression)
-            self._saved = _residuals(compression)
+            self._keeper = Keeper(compression)
 
         def save(self) -> None:
-            self._saved = _residuals(self.value)
+            self._keeper.save(self.value)
 
         def restore(self) -> None:
-            self.value.detach()
-            self.value.memory.load_state_dict(self._saved)
+            self._keeper.restore(self.value)
 
         def sync(self) -> None:
-            self.value.rejoin(broadcast_object(self.value.progress, root_rank=0))
-            self.save()
+            self._keeper.sync(self.value, lambda value: broadcast_object(value, root_rank=0), hvd.size())
 
     registry = state.get_handler_registry()
     if not any(handled is GradientCompression for handled, _ in registry):
         state.set_handler_registry([*registry, (GradientCompression, CompressionStateHandler)])
-
-
-def _residuals(compression: GradientCompression) -> dict[str, Any]:
-    compression.settle()
-    return compression.memory.state_dict()

@@ -8,9 +8,10 @@ in which they arrive, which is not.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from .requests import Allreduce, Broadcast, Exchange, Request, sent_bytes
 from .telemetry import Collective, Telemetry
 from .transports.base import Pending, Transport
+
+_ABANDON_POLL_SECONDS = 1e-3
 
 
 class Ticket:
@@ -50,11 +53,13 @@ class Ticket:
 class Bucket:
     """Exchanges that travel together, round by round."""
 
-    def __init__(self, key: str, transport: Transport, telemetry: Telemetry) -> None:
+    def __init__(self, key: str, place: tuple[int, bool], transport: Transport, telemetry: Telemetry) -> None:
         self.key = key
+        self.place = place  # among the buckets, the same on every rank: number, and whether it is a late one
         self.telemetry = telemetry
         self.tickets: dict[int, Ticket] = {}
         self.finished = threading.Event()
+        self.last = False  # whether the round under way is the last one
         self._transport = transport
         self._round = 0
         self._failure: BaseException | None = None
@@ -68,6 +73,7 @@ class Bucket:
             if ticket.request is not None:
                 kinds.setdefault(_kind(ticket.request), []).append((ticket, ticket.request))
         self._pending = []
+        self.last = all(request.last for waiting in kinds.values() for _, request in waiting)
         for kind in sorted(kinds):  # one order on every rank
             tickets, requests = zip(*kinds[kind])
             sizes = [sent_bytes(request) for request in requests]
@@ -81,8 +87,11 @@ class Bucket:
             self.tickets.clear()  # they hold gradients, and this bucket: the garbage collector would come late
             self.finished.set()
 
-    def advance(self, *, block: bool) -> None:
-        """Take the answers of this round and post the next, if they are there or once they are."""
+    def advance(self, *, block: bool, meanwhile: Callable[[], None] | None = None) -> None:
+        """Take the answers of this round and post the next, if they are there or once they are.
+
+        meanwhile: called again and again while it waits.
+        """
         if self._failure:
             raise self._failure
         if not self._pending:
@@ -92,22 +101,40 @@ class Bucket:
             return
         try:
             if not ready:
-                self._wait()
+                self._wait(meanwhile)
             answered = [(posted.tickets, posted.take(self.telemetry, waited=not ready)) for posted in self._pending]
+            self._pending, last = [], self.last
             for tickets, answers in answered:
                 for ticket, answer in zip(tickets, answers):
                     ticket.advance(answer)
+            if last and not all(ticket.done for ticket in self.tickets.values()):
+                raise RuntimeError(f"an exchange of bucket {self.key} asks on after a request that it called its last")
             self.post()
         except BaseException as error:  # stays the error of all who ask for a gradient of this bucket
             self._failure = error
             raise
 
-    def _wait(self) -> None:
+    def abandon(self, error: BaseException, deadline: float) -> None:
+        """Give up: take the answers of what is posted, so that nothing stays on the way, and raise `error` from now on.
+
+        deadline: of time.monotonic(); other ranks may never post what this one did.
+        """
+        pending, self._pending = self._pending, []
+        self._failure = self._failure or error
+        for posted in pending:
+            while not posted.pending.ready():
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_ABANDON_POLL_SECONDS)
+            with contextlib.suppress(Exception):  # what is wrong with it does not matter any more
+                posted.pending.wait()
+
+    def _wait(self, meanwhile: Callable[[], None] | None) -> None:
         if (spans := self.telemetry.spans) is not None:
             spans.begin()
         try:
             for posted in self._pending:
-                posted.pending.await_ready()
+                posted.pending.await_ready(meanwhile)
         finally:
             if spans is not None:
                 spans.end("exchange")
@@ -151,6 +178,7 @@ class Engine:
         self._expected = {number: set(members) for number, members in enumerate(plan)}
         self._arrived: dict[int, set[int]] = {}  # since the last flush
         self._open: dict[str, Bucket] = {}
+        self._first: Ticket | None = None  # to be done before all others
         self._running: list[Bucket] = []
 
     def submit(self, index: int, exchange: Exchange) -> Ticket:
@@ -162,13 +190,17 @@ class Engine:
         late = index not in self._expected[number]  # travels in a bucket of its own, sent at the flush
         key = f"{self._prefix}.{number}{'.late' if late else ''}"
         if (bucket := self._open.get(key)) is None:
-            bucket = self._open[key] = Bucket(key, self.transport, self.telemetry)
+            bucket = self._open[key] = Bucket(key, (number, late), self.transport, self.telemetry)
         ticket = bucket.tickets[index] = Ticket(index, exchange, bucket)
         arrived.add(index)
         if not late and bucket.tickets.keys() == self._expected[number]:
             self._launch(self._open.pop(key))
         self.poll()
         return ticket
+
+    def confirm(self, ticket: Ticket) -> None:
+        """Take no other answer before this exchange is done; wait for it, where this engine can."""
+        self._first = ticket
 
     @property
     def collecting(self) -> bool:
@@ -177,6 +209,10 @@ class Engine:
 
     def poll(self) -> None:
         """Advance what can be advanced without waiting."""
+        if self._first is not None and not self._first.done:
+            self._first.bucket.advance(block=False)
+            if not self._first.done:
+                return
         for bucket in self._running:
             bucket.advance(block=False)
         self._running = [bucket for bucket in self._running if not bucket.finished.is_set()]
@@ -185,8 +221,8 @@ class Engine:
         """Send what has arrived since the last flush and waits for company."""
         if (spans := self.telemetry.spans) is not None:
             spans.begin()
-        for key in sorted(self._open):
-            self._launch(self._open[key])
+        for bucket in sorted(self._open.values(), key=lambda bucket: bucket.place):
+            self._launch(bucket)
         self._open.clear()
         self._expected.update(self._arrived)
         self._arrived = {}
@@ -227,9 +263,9 @@ def cut(sizes: dict[int, int], bucket_bytes: int) -> list[list[int]]:
 
 
 def _kind(request: Request) -> str:
-    """What requests must share to travel as one collective."""
+    """What requests must share to travel as one collective. The device's index, which differs by rank, is no part."""
     if isinstance(request, Allreduce):
-        return f"allreduce.{request.op.value}.{request.tensor.dtype}.{request.tensor.device}"
+        return f"allreduce.{request.op.value}.{request.tensor.dtype}.{request.tensor.device.type}"
     if isinstance(request, Broadcast):
-        return f"broadcast.{request.root}.{request.tensor.dtype}.{request.tensor.device}"
+        return f"broadcast.{request.root}.{request.tensor.dtype}.{request.tensor.device.type}"
     return type(request).__name__.lower()

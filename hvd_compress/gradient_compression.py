@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import fingerprint
 from .adaptive import Controller
-from .binding import Binding, NamedParameters, optimizer_of, parameters_of_optimizer
+from .agreement import agree, mismatch
+from .binding import Binding, NamedParameters, calling_optimizer, parameters_of_optimizer
 from .compressors import Compressor, SummedCompressor
 from .engine import Engine
 from .log import SINGLE_RANK, log, warn_once
+from .paced_engine import PacedEngine
 from .schedules import describe
-from .session import NONE, Progress, Session, spanned
+from .session import CLOSING, NONE, Progress, Session, spanned
+from .step_check import GradientChangedError, Taken, called_by_grad_scaler, problem_of
 from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
 
-_COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes")
+_COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes", "overlap")
+_ALIKE = (
+    "Freeze and unfreeze parameters on every rank between the same two steps; give every rank a gradient of the same "
+    "layout, dense or sparse, for each parameter, and change gradients after optimizer.synchronize() alone."
+)
+_UNPACED_STEPS = 1000  # after one in which some rank alone had no gradient for a parameter
+_PATIENCE_SECONDS = 5.0  # for the other ranks, where an error of this one is certain
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,8 @@ class _AddedUp:
     """Context of a tensor that Horovod itself adds up: how the gradient comes of it."""
 
     compressor: SummedCompressor
-    shape: torch.Size
-    dtype: torch.dtype
+    gradient: Tensor
+    version: int  # of the gradient, when the summand was made of it
 
 
 class GradientCompression(Session):
@@ -48,6 +60,7 @@ class GradientCompression(Session):
     seed: of the random numbers of stochastic compressors.
     process_set: the horovod.torch.ProcessSet that the optimizer reduces over; None for all ranks.
     bucket_bytes: gradients are exchanged together in buckets of about this size.
+    overlap: under Horovod, whether exchanges of several rounds go on during backward, which waits for them then.
 
     Raises ValueError for options or parameters that cannot work.
     """
@@ -62,6 +75,7 @@ class GradientCompression(Session):
         seed: int = 0,
         process_set: Any = None,
         bucket_bytes: int = 8 << 20,
+        overlap: bool = True,
     ) -> None:
         if min_numel < 0:
             raise ValueError(f"min_numel must not be negative: {min_numel}")
@@ -72,6 +86,7 @@ class GradientCompression(Session):
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.seed = seed
         self.process_set = process_set
+        self.overlap = overlap
         if named_parameters is not None:
             self._bind(named_parameters)
         self._roll = fingerprint.roll(process_set)
@@ -80,6 +95,9 @@ class GradientCompression(Session):
         self._enlist()
         self._mark = self._mean_mark = 0.0
         self._carriers: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # to copy
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = _nobody  # Horovod's, a weak reference
+        self._taken = Taken()
+        self._paced_from = 0  # the step
         _say_if_single_rank(compressor)
 
     def __repr__(self) -> str:
@@ -123,22 +141,16 @@ class GradientCompression(Session):
         """What must be the same on every rank."""
         options = {name: describe(value) for name, value in self._options().items() if name != "process_set"}
         parameters = self.binding.describe() if self.bound else None
-        found = {"parameters": parameters, "conflict": self._conflict()}
+        frozen = [n for n, p in zip(self.names, self.parameters) if not p.requires_grad] if self.bound else None
+        found: dict[str, Any] = {"parameters": parameters, "frozen": frozen}
         if self.controller is not None:
             found["controller"] = self.controller.description()
         return {"version": __version__, "compressor": self._name} | options | found
 
-    def _conflict(self) -> str | None:
-        optimizer = optimizer_of(self) if self.compressor.replaces else None
-        return None if optimizer is None else self.compressor.conflict(optimizer)
-
-    def check_optimizer(self) -> None:
-        """Raise ValueError if this and the optimizer that was given it would both do the same, such as momentum.
-
-        After the ranks have compared their descriptions, so that all of them raise it, or none.
-        """
-        if conflict := self._conflict():
-            raise ValueError(conflict)
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters, as bound."""
+        return [slot.name for slot in self.slots]
 
     def _enlist(self) -> None:
         if self.bound or not isinstance(self.compressor, SummedCompressor):
@@ -170,23 +182,26 @@ class GradientCompression(Session):
         from an average and as the number of ranks from a sum, and a mark, by which sets of ranks are told apart.
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
-            return self.compressor.summand(tensor), _AddedUp(self.compressor, tensor.shape, tensor.dtype)
+            self._taken.add(-1, tensor)
+            return self.compressor.summand(tensor), _AddedUp(self.compressor, tensor, tensor._version)
         if self._is_stale():  # elastic Horovod does not tell when ranks only leave
             self.rejoin(self.progress)
         if self._engine is None:
             self._connect()
         index = self.binding.identify(tensor)
-        self.settle()
-        # Horovod reduces zeros for a parameter that is frozen meanwhile; its residual must not move it.
-        nothing = self.size == 1 or not self.parameters[index].requires_grad
-        compressor = NONE if nothing else self._compressor_of(index, tensor)
+        self.begin()
+        self._taken.add(index, tensor)
+        # One rank, as of an elastic job or a process set, has nothing to send, but still needs a momentum.
+        alone = self.size == 1 and not self.compressor.replaces
+        compressor = NONE if alone else self._compressor_of(index, tensor)
         if isinstance(compressor, SummedCompressor):
             if self.telemetry.recording:
                 self._look(compressor, self.slots[index], tensor)
             summand = compressor.summand(tensor)
             self._record(index, tensor, summand.numel() * summand.element_size())
-            return summand, _AddedUp(compressor, tensor.shape, tensor.dtype)
-        ticket = self._start(index, compressor, tensor, in_place=True)
+            return summand, _AddedUp(compressor, tensor, tensor._version)
+        frozen = not self.parameters[index].requires_grad  # then Horovod reduces zeros
+        ticket = self._start(index, compressor, tensor, in_place=True, frozen=frozen)
         carrier = self._carrier(tensor)
         ticket.sent_bytes += carrier.numel() * carrier.element_size()
         return carrier, (ticket, tensor)
@@ -202,6 +217,8 @@ class GradientCompression(Session):
     @spanned
     def decompress(self, tensor: Tensor, context: Any) -> Tensor:
         """Called by Horovod with what it added up: finish the exchange, and return the aggregated gradient."""
+        if self._taken.gradients:
+            self._close_step()
         if isinstance(context, tuple):
             ticket, gradient = context
             assert self._engine is not None
@@ -209,16 +226,57 @@ class GradientCompression(Session):
             return self.finish(ticket, gradient, average=self._is_average(tensor))
         self._finished = True
         self._watch(tensor)
-        # Horovod adds up sparse gradients without asking compress: they come with no context.
-        return tensor if context is None else context.compressor.restore(tensor, context.shape, context.dtype)
+        if context is None:  # Horovod adds up sparse gradients without asking compress
+            return tensor
+        gradient = context.gradient
+        if gradient._version != context.version:
+            raise GradientChangedError.of([f"a parameter of shape {tuple(gradient.shape)}"])
+        return context.compressor.restore(tensor, gradient.shape, gradient.dtype)
+
+    def _close_step(self) -> None:
+        """All gradients of the step are handed in: have the ranks compare what they have seen of it.
+
+        Raises on every rank: MismatchError where they differ, ValueError for an optimizer that this cannot serve,
+        GradientChangedError for gradients that were changed meanwhile.
+        """
+        engine, step = self._engine, self._step
+        taken, self._taken = self._taken, Taken()
+        by_scaler = called_by_grad_scaler()
+        if isinstance(self.compressor, SummedCompressor) or not isinstance(engine, PacedEngine):
+            if by_scaler:
+                raise GradientChangedError.by_scaler()
+            return
+        changed = [self.names[index] for index in taken.changed()]
+        problem = problem_of(self._optimizer(), self.compressor, self.binding)
+        trained = bytes(p.requires_grad for p in self.parameters)
+        exchange = agree(
+            self.rank,
+            (step, sorted(taken.gradients), changed, trained, problem),
+            lambda: taken.states(self.binding, problem, step),
+            mismatch(step, _ALIKE),
+            habits=sorted(taken.late),
+        )
+        ticket = engine.submit(len(self.slots) + CLOSING, exchange)
+        if changed or problem or by_scaler:
+            engine.try_finish(ticket, _PATIENCE_SECONDS)
+            if by_scaler:
+                raise GradientChangedError.by_scaler()
+            raise GradientChangedError.of(changed) if changed else ValueError(problem)
+        alike = engine.finish(ticket)
+        if not (self.overlap and alike is not None and bool(alike)):
+            self._paced_from = step + _UNPACED_STEPS
+        engine.pace(step >= self._paced_from)
 
     def _is_average(self, carrier: Tensor) -> bool:
         """Whether Horovod averaged or summed; raises RuntimeError if it did neither, or over other ranks than ours."""
         one, mark = carrier.tolist()
-        if abs(mark - one * self._mean_mark) < 0.005 * one * self._mean_mark:  # factors and half precision may round
-            if abs(one - 1) < 0.25:
+        rounding, counted = 0.005, self.size
+        if carrier.dtype == torch.float16:  # added up one by one its error grows, and from 2048 on a 1 is lost
+            rounding, counted = 0.005 + self.size / 4096, min(self.size, 2048)
+        if abs(mark - one * self._mean_mark) < rounding * one * self._mean_mark:
+            if 0.75 * counted / self.size < one < 1.25:
                 return True
-            if abs(one - self.size) < 0.25 * self.size:
+            if 0.75 * counted < one < 1.25 * self.size:
                 return False
         raise RuntimeError(
             "Horovod did not sum or average over the ranks of this compression. Use op=hvd.Average or op=hvd.Sum, and "
@@ -228,23 +286,43 @@ class GradientCompression(Session):
     def _connect(self) -> None:
         from .transports.horovod import HorovodTransport
 
+        optimizer = calling_optimizer(self)
+        if optimizer is not None:
+            self._optimizer = weakref.ref(optimizer)
+            _watch_steps()
         if not self.bound:
-            self._bind(parameters_of_optimizer(self))
+            self._bind(parameters_of_optimizer(optimizer or self._refuse_unbound()))
         transport = HorovodTransport(self.process_set)
         if transport.size > 1 and self._id not in self._roll.numbers:
-            for member in self._roll.members:  # by now their optimizers can be found
-                if member.compressor.replaces and member._id in self._roll.unchecked:
+            for member in self._roll.members:  # parameters may have been frozen meanwhile
+                if member._id in self._roll.unchecked:
                     member._enlist()
             self._roll.check(transport)
-        if transport.size > 1:
-            self.check_optimizer()
         marks = [_mark(member) for member in transport.members]
         self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
         self._carriers.clear()
-        engine = functools.partial(Engine, prefix=f"hvd_compress.{self._roll.numbers.get(self._id, 0)}")
+        prefix = f"hvd_compress.{self._roll.numbers.get(self._id, 0)}"
+        engine = functools.partial(PacedEngine if transport.shared else Engine, prefix=prefix)
         self.attach(transport, engine, compressed_only=True)
+        self.say_if_more_than_dense()
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
+
+
+def _nobody() -> None:
+    """In place of a reference to an optimizer that is not known."""
+
+
+@functools.cache
+def _watch_steps() -> None:
+    """Let optimizers tell their compressions that a step was made, so that residuals follow it."""
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        compression = getattr(optimizer, "_compression", None)
+        if isinstance(compression, GradientCompression):
+            compression.step_made()
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def _mark(rank: int) -> float:
@@ -253,9 +331,10 @@ def _mark(rank: int) -> float:
 
 
 def _say_if_single_rank(compressor: Compressor) -> None:
-    """Horovod calls no compression at one rank, so there is no later moment to say it."""
+    """Horovod calls no compression at one rank, unless the job is elastic, so there is no later moment to say it."""
     hvd = sys.modules.get("horovod.torch")
-    if hvd is not None and hvd.is_initialized() and hvd.size() == 1:
+    elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+    if hvd is not None and hvd.is_initialized() and hvd.size() == 1 and not (elastic and compressor.replaces):
         say_single_rank(compressor)
 
 

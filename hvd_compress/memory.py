@@ -5,7 +5,9 @@ Besides residuals some algorithms keep state of these kinds, under "<name of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,59 @@ from torch import Tensor
 MOMENTUM = "momentum"  # float32 [numel], of this rank, in units of the loss-scaled gradient, as a residual is
 FACTOR = "factor"  # float32 [columns, approximation rank], the same on every rank; its scale does not matter
 THRESHOLD = "threshold"  # float32 [1], of this rank: a factor without unit
-_KINDS = (MOMENTUM, FACTOR, THRESHOLD)
+AGGREGATE = "aggregate"  # float32 [numel + 1], the same on every rank: aggregated gradients, and how many were added
+_KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE)
+_REPLICATED = (FACTOR, AGGREGATE)
+_BY_RANK = ("residuals", "accumulated")  # of a state
+
+# What is held between steps, besides MOMENTUM.
+RESIDUALS, FACTORS, THRESHOLDS = "residuals", "factors", "thresholds"
+SPARE = "spare"  # what the last step has made of all these, until it is known to be sound; or memory for the next
+FRAMES = "frames"  # room for what is sent
+POSITIONS = "positions"  # int64, of the weights that a mask keeps
+SUMS = "sums"  # of gradients, of an adaptive method
+_HELD = {"": RESIDUALS, MOMENTUM: MOMENTUM, FACTOR: FACTORS, THRESHOLD: THRESHOLDS}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory that a rank holds between steps, in bytes, by what.
+
+    >>> print(Held({RESIDUALS: 400, FRAMES: 20}, model_bytes=400))
+    1.05 copies of the model: residuals 1.00, frames 0.05
+    """
+
+    parts: dict[str, int]
+    model_bytes: int  # of its parameters as float32
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def copies(self) -> float:
+        """In copies of the model."""
+        return self.total_bytes / max(self.model_bytes, 1)
+
+    def __str__(self) -> str:
+        unit = max(self.model_bytes, 1)
+        parts = ", ".join(f"{what} {size / unit:.2f}" for what, size in self.parts.items())
+        return f"{self.copies:.2f} copies of the model" + (f": {parts}" if parts else "")
+
+
+def added(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Without what is nothing."""
+    total: dict[str, int] = {}
+    for part in parts:
+        for what, size in part.items():
+            total[what] = total.get(what, 0) + size
+    return {what: size for what, size in total.items() if size}
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """What these keep in memory: several may be views of one storage, or of a part of it."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def key(name: str, kind: str) -> str:
@@ -80,6 +134,13 @@ class ErrorFeedback:
             if owner(name)[1] in ("", MOMENTUM):
                 residual.mul_(factor)
 
+    def held(self) -> dict[str, int]:
+        """Bytes, by what."""
+        kinds: dict[str, list[Tensor]] = {SPARE: [*self._proposed.values(), *self._spare.values()]}
+        for name, residual in self.residuals.items():
+            kinds.setdefault(_HELD[owner(name)[1]], []).append(residual)
+        return {what: storage_bytes(tensors) for what, tensors in kinds.items()}
+
     def state_dict(self) -> dict[str, Any]:
         return {name: residual.detach().cpu().clone() for name, residual in self.residuals.items()}
 
@@ -103,13 +164,40 @@ def share(
         return {}
     if missing := sorted(set(range(saved_size)) - residuals.keys()):
         raise ValueError(
-            f"the state lacks the residuals of ranks {missing} of {saved_size}, needed at rank {rank} of {size}: save "
-            "what gather_state_dict() returns, or load with resize='reset'"
+            f"the state lacks the residuals of ranks {missing} of {saved_size}, needed at rank {rank} of {size}; it "
+            f"has those of {sorted(residuals)}. Load what these ranks saved as well, all in one list, or what "
+            "gather_state_dict() has returned to its root, or load with resize='reset'"
         )
     names = sorted({name for mine in residuals.values() for name in mine if owner(name)[1] != THRESHOLD})
     ranks = sorted(residuals)
     of_ranks = {name: [residuals[r][name] for r in ranks if name in residuals[r]] for name in names}
     return {
-        name: parts[0] if owner(name)[1] == FACTOR else torch.stack(parts).sum(0) / size
+        name: parts[0] if owner(name)[1] in _REPLICATED else functools.reduce(torch.add, parts) / size
         for name, parts in of_ranks.items()
     }
+
+
+def merged(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state with all ranks' residuals, of those that the ranks saved each by itself, in any order; not a copy.
+
+    Raises ValueError unless all are of one moment of one training, no rank twice.
+    """
+    whole: dict[str, Any] = {}
+    for state in states:
+        if not whole:
+            whole = {key: dict(value) if key in _BY_RANK else value for key, value in state.items()}
+            continue
+        for key in sorted(whole.keys() | state.keys(), key=lambda key: (key in _BY_RANK, key)):
+            mine, theirs = whole.get(key), state.get(key)
+            if key in _BY_RANK and mine is not None and theirs is not None:
+                if twice := sorted(mine.keys() & theirs.keys()):
+                    raise ValueError(f"two of the states have {key} of ranks {twice}: load one of each rank")
+                mine.update(theirs)
+            elif mine != theirs:
+                raise ValueError(
+                    f"the states are of different moments: {key} is {mine} of ranks {sorted(whole['residuals'])} and "
+                    f"{theirs} of ranks {sorted(state['residuals'])}. Load those that were saved after the same step"
+                )
+    if not whole:
+        raise ValueError("no states to load: the list is empty")
+    return whole

@@ -103,10 +103,12 @@ class _DistributedMixin(torch.optim.Optimizer):
         if transport.size == 1:
             say_single_rank(compression.compressor)
         compression.delist()
-        fingerprint.check(transport, "hvd_compress.check", {"0": compression.description()})
-        if transport.size > 1:
-            compression.check_optimizer()
+        conflict = compression.compressor.conflict(self) if transport.size > 1 else None
+        fingerprint.check(transport, "hvd_compress.check", {"0": compression.description() | {"conflict": conflict}})
+        if conflict:
+            raise ValueError(conflict)
         compression.attach(transport, functools.partial(OrderedEngine, threaded=threaded and transport.size > 1))
+        compression.say_if_more_than_dense()
         self._add_hooks()
 
     def _check_named(self, group: Mapping[str, Any]) -> None:

@@ -1,4 +1,8 @@
-"""What an exchange may ask for. A transport answers with a tensor, or with one frame per rank in rank order."""
+"""What an exchange may ask for. A transport answers with a tensor, or with one frame per rank in rank order.
+
+A request says whether it is the `last` of its exchange. Its answer may then be taken at any time, since nothing is
+posted after it; that of any other only where all ranks take it, see paced_engine.py.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ class Allreduce:
 
     tensor: Tensor
     op: ReduceOp = ReduceOp.SUM
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Allgather:
     """Answer: every rank's frame, in rank order. Lengths may differ by rank."""
 
     frame: Tensor  # uint8 [bytes], as made by wire.pack
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Broadcast:
 
     tensor: Tensor
     root: int
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Alltoall:
     """Answer: the frames addressed to this rank, in rank order of their senders."""
 
     frames: Sequence[Tensor]  # one uint8 frame per destination rank
+    last: bool = False
 
 
 Request = Union[Allreduce, Allgather, Broadcast, Alltoall]

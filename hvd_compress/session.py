@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from .adaptive import Controller
+from .agreement import agree, mismatch
 from .binding import Binding
-from .compressors import Compressor, NoneCompressor, Slot, SparseGatherer, rate_of, relative_error
+from .compressors import (
+    Compressor,
+    NoneCompressor,
+    Slot,
+    SparseGatherer,
+    relative_error,
+    warn_if_more_than_dense,
+)
 from .engine import Engine, Ticket, cut
 from .log import log
-from .memory import FACTOR, THRESHOLD, ErrorFeedback, owner, share
+from .memory import (
+    FACTOR,
+    FRAMES,
+    POSITIONS,
+    SUMS,
+    THRESHOLD,
+    ErrorFeedback,
+    Held,
+    added,
+    merged,
+    owner,
+    share,
+    storage_bytes,
+)
+from .states import gather
 from .telemetry import Telemetry
 from .transports.base import Transport
 
+CONTROL, OPENING, CLOSING = range(3)  # indices after those of the parameters
 Progress = tuple[Any, ...]  # steps, loss scale; state of the controller, if there is one
 
 NONE = NoneCompressor()
@@ -60,9 +83,14 @@ class Session:
         self._binding: Binding | None = None
         self._engine: Engine | None = None
         self._step = 0
+        self._frozen: dict[int, Slot] = {}  # under way, of parameters that are frozen meanwhile
+        self._begun = False  # some gradient of this step was handed in
         self._finished = False  # some gradient of this step is finished
         self._finite = True  # no tensor of this step was seen to be non-finite
         self._counted = False  # telemetry knows of this step
+        self._opening: Ticket | None = None  # by which the ranks compare what decides the collectives of this step
+        self._sees_steps = False  # the optimizer tells when it has made a step,
+        self._applied = False  # as it has by the gradients of this one
         self._seen: dict[int, dict[str, Any]] = {}  # by parameter: what telemetry is to record besides bytes
         # Exchanges divide sums by what the last step asked for; the same on every rank, else their bits would differ.
         self._divisor = self._wanted_divisor = 1.0
@@ -75,9 +103,10 @@ class Session:
 
     @property
     def binding(self) -> Binding:
-        if self._binding is None:
-            raise ValueError(f"{self!r} does not know its parameters: call it with model.named_parameters()")
-        return self._binding
+        return self._binding or self._refuse_unbound()
+
+    def _refuse_unbound(self) -> NoReturn:
+        raise ValueError(f"{self!r} does not know its parameters: call it with model.named_parameters()")
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -117,9 +146,10 @@ class Session:
             slot.rank, slot.size, slot.cache = transport.rank, transport.size, None
         self._divisor = self._wanted_divisor = 1.0
         buckets = cut(sizes, self.bucket_bytes)
+        # What is not of a parameter goes under the indices after the parameters'.
+        buckets += [[len(self.slots) + extra] for extra in (CONTROL, OPENING, CLOSING)]
         if self.controller is not None:
             self.controller.attach(transport)
-            buckets.append([len(self.slots)])
         self._engine = make_engine(transport, buckets)
         self._engine.telemetry = self.telemetry
         return self._engine
@@ -137,14 +167,40 @@ class Session:
 
         in_place: the result may take its place, and its memory.
         """
-        assert self._engine is not None, "attach first"
-        self.settle()
+        self.begin()
         return self._start(index, self._compressor_of(index, gradient), gradient, in_place=in_place)
 
-    def _start(self, index: int, compressor: Compressor, gradient: Tensor, *, in_place: bool) -> Ticket:
+    def begin(self) -> None:
+        """Before a gradient is handed in: end the step before, and have the ranks agree on this one if it is the first.
+
+        Raises MismatchError or MaskError on every rank if they do not, at once where the transport allows to wait.
+        """
+        engine = self._engine
+        assert engine is not None, "attach first"
+        self.settle()
+        if self._begun:
+            return
+        self._begun = True
+        if self.compressor.varies and self.size > 1:
+            states = self.compressor.terms(self.slots, self._step)
+            exchange = agree(self.rank, sorted(states.items()), lambda: states, self._disagreement)
+            self._opening = engine.submit(len(self.slots) + OPENING, exchange)
+            engine.confirm(self._opening)
+
+    def _disagreement(self, what: str, ranks_by_state: Mapping[str, list[int]]) -> Exception:
+        special = self.compressor.disagreement(what, ranks_by_state, self.size)
+        remedy = "Give every rank the same masks and schedules, and change them between the same two steps."
+        return special or mismatch(self._step, remedy)(what, ranks_by_state)
+
+    def _start(
+        self, index: int, compressor: Compressor, gradient: Tensor, *, in_place: bool, frozen: bool = False
+    ) -> Ticket:
         assert self._engine is not None
         slot = self.slots[index]
-        slot.out = gradient.detach().view(-1) if in_place and _is_flat32(gradient) else None
+        if frozen:  # its residual must not move it
+            slot = self._frozen[index] = dataclasses.replace(slot, memory=ErrorFeedback())
+        # By `data`: what is written there does not count as a change of the gradient by the user.
+        slot.out = gradient.data.view(-1) if in_place and _is_flat32(gradient) else None
         slot.divisor, slot.divided, slot.bound = self._divisor, False, None
         if self.controller is not None:
             self.controller.submitting(self._engine, slot, gradient)
@@ -156,6 +212,9 @@ class Session:
     def finish(self, ticket: Ticket, like: Tensor, *, average: bool) -> Tensor:
         """The sum or the mean over all ranks, in the shape and dtype of `like`; NaN if not finite on some rank."""
         assert self._engine is not None, "attach first"
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            self._engine.finish(opening)
         if self.controller is not None:
             self.controller.finishing(self._engine)
         total = self._engine.finish(ticket)
@@ -164,14 +223,18 @@ class Session:
         if total is None:
             self._finite = False
             return torch.full(like.shape, math.nan, dtype=like.dtype, device=like.device)
-        slot = self.slots[ticket.index]
+        slot = self._frozen.pop(ticket.index, self.slots[ticket.index])
         slot.out = None  # else the gradient's memory would stay in use until the next step
         divisor = float(self.size if average else 1)
         if (divided := slot.divisor if slot.divided else 1.0) != divisor:
             total = total * (divided / divisor) if divided != 1 else total / divisor
         self._wanted_divisor = divisor
+        if self.controller is not None and not like.is_sparse:
+            self.controller.received(slot, total)
         if not like.is_sparse:
             total = total.view(like.shape)
+            if not like.is_contiguous():  # such as channels_last
+                total = torch.empty_like(like, dtype=total.dtype).copy_(total)
         if total.dtype != like.dtype:
             total = total.to(like.dtype)
         if slot.bound is None or total.dtype != torch.float32:
@@ -186,10 +249,13 @@ class Session:
         return _SPARSE if gradient.is_sparse else self.compressor.chosen(slot) or NONE
 
     def settle(self) -> None:
-        """End the step whose gradients were finished, if any: residuals change, or stay if not all was finite."""
+        """End the step whose gradients were finished, if any: residuals change.
+
+        They stay if not all was finite, or if the optimizer, known to tell of its steps, has made none.
+        """
         if not self._finished:
             return
-        if self._finite:
+        if self._finite and (self._applied or not self._sees_steps):
             self.memory.commit()
         self.telemetry.settled(self._step)
         self._step += 1
@@ -198,11 +264,25 @@ class Session:
         self._drop_step()
         self._divisor = self._wanted_divisor
 
+    def step_made(self) -> None:
+        """The optimizer has made a step by the gradients that were finished; it tells each time, from now on."""
+        self._sees_steps = self._applied = True
+
+    def discard(self) -> None:
+        """Forget the gradients that were synchronized last, since no step was made by them: residuals stay.
+
+        For a script that throws synchronized gradients away; on every rank.
+        """
+        self._finite = False
+        self.settle()
+
     def _drop_step(self) -> None:
         self.memory.discard()
         if self.controller is not None:
             self.controller.drop()
-        self._finished, self._finite, self._counted = False, True, False
+        self._begun, self._finished, self._finite, self._counted = False, False, True, False
+        self._applied = False
+        self._opening = None
         self._seen.clear()
 
     def _watch(self, reduced: Tensor) -> None:
@@ -216,7 +296,7 @@ class Session:
         """Before its exchange changes anything: at what rate a gradient travels, and what of it will be lost."""
         lossy = self.telemetry.errors and not gradient.is_sparse
         error = relative_error(compressor, slot, gradient) if lossy else None
-        self._seen[slot.index] = {"rate": rate_of(compressor, slot), "error": error}
+        self._seen[slot.index] = {"rate": compressor.rate_of(slot), "error": error}
 
     def _record(self, index: int, gradient: Tensor, sent_bytes: int) -> None:
         telemetry, slot = self.telemetry, self.slots[index]
@@ -254,57 +334,120 @@ class Session:
 
     @progress.setter
     def progress(self, progress: Progress) -> None:
-        self._step, self._loss_scale, *plan = progress
+        """Take over that of another rank: residuals stay what they are, in units of its loss scale."""
+        self._step, loss_scale, *plan = progress
+        if self._loss_scale is not None and loss_scale is not None:
+            self.memory.rescale(loss_scale / self._loss_scale)
+        self._loss_scale = loss_scale
         if self.controller is not None and plan:
             self.controller.load_state_dict(plan[0])
 
+    def memory_held(self) -> Held:
+        """What this rank holds now of all that outlives a step, measured; see `memory_needed`."""
+        slots = self.slots
+        frames = storage_bytes(slot.frame for slot in slots if slot.frame is not None)
+        positions = storage_bytes(tensor for slot in slots for tensor in self.compressor.cached(slot))
+        sums = storage_bytes(self.controller.accumulated.values()) if self.controller is not None else 0
+        beside = {FRAMES: frames, POSITIONS: positions, SUMS: sums}
+        return Held(added([self.memory.held(), beside]), self._model_bytes)
+
+    def memory_needed(self) -> Held:
+        """What a rank is going to hold from the second step on, at present rates, whatever the number of ranks.
+
+        For float32 gradients that are not sparse; a single rank, which sends nothing, holds nothing. Neither is what a
+        step needs while it lasts in it, nor a mask, an elastic job's copy of what was committed, or a record.
+        """
+        parts = [self.compressor.held(slot) for slot in self.slots if slot.compressed or self.compressor.takes_all]
+        sums = self.controller.most_held() if self.controller is not None else 0
+        return Held(added([*parts, {SUMS: sums}]), self._model_bytes)
+
+    def say_if_more_than_dense(self) -> None:
+        """Once attached: with so many ranks a method may move more than no compression."""
+        shapes = [slot.shape for slot in self.slots if slot.compressed]
+        warn_if_more_than_dense(self.compressor, shapes, self.rank, self.size)
+
+    @property
+    def _model_bytes(self) -> int:
+        return sum(4 * parameter.numel() for parameter in self.parameters)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that the next step of this process depends on, whatever its rank will be; a copy."""
+        progress = self.progress
+        accumulated = self.controller.accumulated if self.controller is not None else {}
+        return {
+            "progress": progress,
+            "residuals": self.memory.state_dict(),
+            "accumulated": {key: total.detach().cpu().clone() for key, total in accumulated.items()},
+            "loaded": self._loaded,
+        }
+
+    def go_back(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on as if no step had been made since `snapshot`."""
+        self._drop_step()
+        self._loaded = snapshot["loaded"]
+        self.memory.load_state_dict(snapshot["residuals"])
+        self._loss_scale = None  # residuals are in units of that of the snapshot
+        self.progress = snapshot["progress"]
+        if self.controller is not None:
+            self.controller.load_accumulated(snapshot["accumulated"])
+
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals, and the step. Not collective; `gather_state_dict` is."""
+        """This rank's residuals, and the step: for a file of each rank. Not collective; `gather_state_dict` is.
+
+        `load_state_dict` takes it on the same rank of as many; on any rank of any number, all ranks' together.
+        """
         if self._loaded:
             return dict(self._loaded[0])
-        self.settle()
+        now = self.snapshot()
         state: dict[str, Any] = {
             "step": self._step,
             "loss_scale": self._loss_scale,
             "size": self.size,
-            "residuals": {self.rank: self.memory.state_dict()},
+            "residuals": {self.rank: now["residuals"]},
         }
         if self.controller is not None:
-            state["adaptive"] = self.controller.state_dict()
-            accumulated = self.controller.accumulated
-            state["accumulated"] = {self.rank: {key: total.cpu().clone() for key, total in accumulated.items()}}
+            state["adaptive"] = now["progress"][2]
+            state["accumulated"] = {self.rank: now["accumulated"]}
         return state
 
-    def gather_state_dict(self) -> dict[str, Any]:
-        """All ranks' residuals, and the step, for a checkpoint that one rank writes. To be called on every rank."""
+    def gather_state_dict(self, root: int = 0) -> dict[str, Any]:
+        """To be called on every rank: rank `root` gets all ranks' residuals, and the step, for one file; the others get
+        their own `state_dict`.
+
+        Rank `root` holds a copy of all ranks' residuals then. The others hold some 64 MB besides their own.
+        """
+        if not 0 <= root < self.size:
+            raise ValueError(f"root must be a rank, at least 0 and less than {self.size}: {root}")
         state = self.state_dict()
-        if self._engine is None or self.size == 1:
-            return state
-        buffer = io.BytesIO()
-        torch.save({kind: state[kind] for kind in ("residuals", "accumulated") if kind in state}, buffer)
-        part = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-        for theirs in self._engine.transport.allgather("hvd_compress.state", [part]).wait():
-            for kind, of_rank in torch.load(io.BytesIO(theirs.numpy().tobytes()), weights_only=True).items():
-                state[kind].update(of_rank)
+        if self._engine is not None and self.size > 1 and not self._loaded:
+            for kind in sorted({"residuals", "accumulated"} & state.keys()):
+                gathered = gather(self._engine.transport, f"hvd_compress.{kind}", state[kind][self.rank], root)
+                state[kind] = gathered or state[kind]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], *, resize: Literal["sum", "reset"] = "sum") -> None:
-        """Continue from `state`: of `gather_state_dict`, or of `state_dict` on the same rank.
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, resize: Literal["sum", "reset"] = "sum"
+    ) -> None:
+        """Continue from `state`: of `gather_state_dict`; of `state_dict` on the same rank; or of that of several ranks,
+        as `[torch.load(file, mmap=True) for file in files]`.
 
         resize: what to do when the number of ranks has changed: "sum" shares the sum of all residuals out equally,
             "reset" starts with none, and says so.
 
-        Raises ValueError for residuals that fit no parameter, or that are not all there and would be needed; the latter
-        at the first exchange, when rank and size are known.
+        Raises ValueError for residuals that fit no parameter, for states of different moments, and for residuals that
+        are not all there and would be needed; the latter at the first exchange, when rank and size are known.
         """
         if resize not in ("sum", "reset"):
             raise ValueError(f"resize must be 'sum' or 'reset': {resize!r}")
+        state = state if isinstance(state, Mapping) else merged(state)
         self._check_residuals(state["residuals"].values())
         if self._engine:
             self._take_over(state, resize, self.rank, self.size)
+            self._loaded = None
         else:
             self._loaded = state, resize
         self._drop_step()
+        self._loss_scale = None  # residuals are in units of that of the state
         self.progress = state["step"], state["loss_scale"]
 
     def _check_residuals(self, of_ranks: Iterable[Mapping[str, Tensor]]) -> None:

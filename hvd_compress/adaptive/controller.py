@@ -23,7 +23,8 @@ class Controller:
         self.policy = policy
         self.number = 0  # of the plan in force; 0 before the first one
         self.rates: dict[str, float] = {}  # of the plan in force, by parameter
-        self.accumulated: dict[str, Tensor] = {}  # float32 [numel], of this rank, without the loss scale
+        # Without the loss scale: by parameter, float32 [numel] of this rank; and those of the kind AGGREGATE.
+        self.accumulated: dict[str, Tensor] = {}
         self.seconds = 0.0  # that this rank has spent on decisions
         self.sent_bytes = 0
 
@@ -46,11 +47,18 @@ class Controller:
     def finishing(self, engine: Engine) -> None:
         """Before the first result of a step is asked for."""
 
+    def received(self, slot: Slot, total: Tensor) -> None:
+        """The aggregated gradient of a parameter, the same on every rank; not called where it is not finite."""
+
     def settled(self, step: int) -> None:
         """A step has ended, and `step` begins."""
 
     def drop(self) -> None:
         """Forget what is under way in this step."""
+
+    def most_held(self) -> int:
+        """Bytes of `accumulated` at most."""
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """What is the same on all ranks; JSON-serializable."""

@@ -18,7 +18,7 @@ from ..compressors import Compressor, PowerSGDCompressor, Slot
 class Adaptable(Protocol):
     """What a compressor has whose rate may differ by layer and change over time."""
 
-    def rate(self, slot: Slot) -> float:
+    def rate_of(self, slot: Slot) -> float:
         """That of this step: a controller's choice, `slot.rate`, or the compressor's own."""
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:
@@ -44,7 +44,7 @@ class Layer:
 
 def check_adaptable(compressor: Compressor) -> Any:
     """The compressor, if it is Adaptable; else raises ValueError."""
-    if not all(hasattr(compressor, name) for name in ("rate", "candidates", "errors", "payload_bytes")):
+    if not all(hasattr(compressor, name) for name in ("candidates", "errors", "payload_bytes")):
         raise ValueError(
             f"{type(compressor).__name__} has no rates to choose from: give Compression.qsgd, topk, powersgd or adacomp"
         )
@@ -53,12 +53,12 @@ def check_adaptable(compressor: Compressor) -> Any:
 
 def own_rate(compressor: Any, slot: Slot, step: int) -> float:
     """The rate that the compressor itself gives a parameter at `step`."""
-    return float(compressor.rate(dataclasses.replace(slot, rate=None, step=step)))
+    return float(compressor.rate_of(dataclasses.replace(slot, rate=None, step=step)))
 
 
 def present_rate(compressor: Any, slot: Slot, step: int) -> float:
     """The rate that a parameter travels at in `step`: a controller's choice, or the compressor's own."""
-    return float(compressor.rate(dataclasses.replace(slot, step=step)))
+    return float(compressor.rate_of(dataclasses.replace(slot, step=step)))
 
 
 def layers_of(

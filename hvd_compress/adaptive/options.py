@@ -15,7 +15,9 @@ class Options:
     """When and from what rank 0 decides.
 
     interval: steps between decisions. warmup_steps: steps before the first one; None for `interval`.
-    window: of so many steps before a decision the gradients are added up, with their residuals.
+    window: of so many steps before a decision the gradients are added up, with their residuals, to know their errors.
+    norm_window: of so many steps before a decision the norm is taken, of what all ranks' gradients have added up to;
+        None for all since the decision before, as in Accordion's paper.
     reach: rates may be up to this factor above or below the compressor's own.
     rates: to choose from in place of the compressor's candidates; None for those.
     objective: "bytes", or "time" as a link of measured, or given, latency and bandwidth takes it.
@@ -29,6 +31,7 @@ class Options:
     interval: int = 1000
     warmup_steps: int | None = None
     window: int = 10
+    norm_window: int | None = None
     reach: float = 4.0
     rates: tuple[float, ...] | None = None
     objective: Literal["bytes", "time"] = "bytes"
@@ -38,10 +41,12 @@ class Options:
     log: str | Path | None = None
 
     def __post_init__(self) -> None:
+        longest = max(self.window, self.norm_window or 1)
         for name, value, least in (
             ("window", self.window, 1),
-            ("interval", self.interval, self.window),
-            ("warmup_steps", self.first, self.window),
+            ("window", 1 if self.norm_window is None else self.norm_window, 1),
+            ("interval", self.interval, longest),
+            ("warmup_steps", self.first, longest),
         ):
             if value != int(value) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}: {value}")

@@ -15,9 +15,11 @@ from torch import Tensor
 from ..compressors import Compressor, Slot
 from ..compressors.base import flat32, max_abs
 from ..engine import Engine, Ticket
+from ..memory import AGGREGATE, key, owner
 from ..requests import Allreduce, Broadcast, Exchange
 from ..transports.base import Transport
 from ..transports.local import LocalTransport
+from ..wire import WireError
 from . import journal
 from .controller import Controller
 from .lasting import lasting_errors, reached_share
@@ -26,7 +28,7 @@ from .link import Link
 from .options import Options
 from .policies import Policy, Statistics
 
-GRADIENT = ":gradient"  # after the name of a parameter: its gradients without the residuals
+_NORMS = "of what was received"  # in states; those without it are of something else
 
 
 class Planner(Controller):
@@ -71,10 +73,24 @@ class Planner(Controller):
         if left == 0 and self._ticket is None:
             self._ticket = engine.submit(len(self.slots), self._decide(slot.step))
         ahead = left or self.options.interval
-        if 0 < ahead <= self.options.window:
+        if ahead <= self.options.window and self.policy.needs_errors:
             self._accumulate(slot, gradient)
         if self.link is not None and slot.size > 1 and (ahead == 1 or not self.link.samples):
             self._measures = True
+
+    def received(self, slot: Slot, total: Tensor) -> None:
+        ahead = self.options.steps_to_decision(slot.step) or self.options.interval
+        if not (self.policy.needs_norms and slot.compressed) or ahead > (self.options.norm_window or ahead):
+            return
+        start = time.perf_counter()
+        values = flat32(total)
+        if (max_abs(values) if slot.bound is None else slot.bound) < math.inf:
+            name = key(slot.name, AGGREGATE)
+            if (sums := self.accumulated.get(name)) is None:
+                sums = self.accumulated[name] = values.new_zeros(values.numel() + 1)
+            sums[:-1].add_(values, alpha=1.0 / (slot.loss_scale or 1.0))
+            sums[-1] += 1
+        self.seconds += time.perf_counter() - start
 
     def finishing(self, engine: Engine) -> None:
         if self._ticket is not None and self._pending is None:
@@ -110,12 +126,23 @@ class Planner(Controller):
         self._ticket = self._pending = self._line = None
         self._measures = False
 
+    def most_held(self) -> int:
+        errors = self.policy.needs_errors and (self.options.errors_of == "all" or self.slots[0].rank == 0)
+        numels = [slot.shape.numel() for slot in self.slots if slot.compressed]
+        return 4 * sum(errors * numel + self.policy.needs_norms * (numel + 1) for numel in numels)
+
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"norms": dict(self._norms), "reached": dict(self._reached)}
+        reached = dict(self._reached)
+        return super().state_dict() | {"norms": dict(self._norms), "norms_of": _NORMS, "reached": reached}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._norms, self._reached = dict(state["norms"]), dict(state["reached"])
+        self._norms = dict(state["norms"]) if state.get("norms_of") == _NORMS else {}
+        self._reached = dict(state["reached"])
+
+    def load_accumulated(self, accumulated: Mapping[str, Tensor]) -> None:
+        known = {slot.name for slot in self.slots}  # earlier versions added up this rank's gradients, ":gradient"
+        super().load_accumulated({of: total for of, total in accumulated.items() if owner(of)[0] in known})
 
     def _layers(self, step: int) -> list[Layer]:
         options = self.options
@@ -129,12 +156,9 @@ class Planner(Controller):
         values = flat32(gradient)
         if max_abs(values) < math.inf:
             unscaled = 1.0 / (slot.loss_scale or 1.0)
-            if self.policy.needs_norms:
-                self._add(slot.name + GRADIENT, values, unscaled)
-            if self.policy.needs_errors:
-                self._add(slot.name, values, unscaled)
-                if (residual := slot.memory.residuals.get(slot.name)) is not None:
-                    self._add(slot.name, residual.to(values.device), unscaled)
+            self._add(slot.name, values, unscaled)
+            if (residual := slot.memory.residuals.get(slot.name)) is not None:
+                self._add(slot.name, residual.to(values.device), unscaled)
         self.seconds += time.perf_counter() - start
 
     def _add(self, key: str, values: Tensor, factor: float) -> None:
@@ -162,21 +186,36 @@ class Planner(Controller):
             plan = self._choose(step, Statistics(layers, errors, self._costs(layers), norms, self._norms))
         self._norms = {layer.name: float(norm) for layer, norm in zip(layers, norms)}
         self.seconds += time.perf_counter() - start
-        plan = yield Broadcast(plan, 0)
+        plan = yield Broadcast(plan, 0, last=True)
+        self._check(plan, layers)
         return plan
 
-    def _table(self, layers: Sequence[Layer], present: Sequence[float]) -> np.ndarray:
-        """This rank's share, float64 [layers, n + 1]: errors, and squared norms of the gradients.
+    def _check(self, plan: Tensor, layers: Sequence[Layer]) -> None:
+        """Raise WireError for a plan that rank 0 cannot have made."""
+        number, *rates = plan.tolist()
+        if number != self.number + 1:
+            raise WireError(0, "the plan of rates", f"number {self.number + 1}", number)
+        choices: dict[int, tuple[float, ...]] = {layer.index: layer.rates for layer in layers}
+        for slot, rate in zip(self.slots, rates):
+            if rate not in choices.get(slot.index, (0.0,)):
+                raise WireError(0, slot.name, f"a rate of {choices.get(slot.index, 'none')}", rate)
 
-        Errors of all candidates, or where the lasting ones are asked for, of the rates at present alone.
+    def _table(self, layers: Sequence[Layer], present: Sequence[float]) -> np.ndarray:
+        """This rank's share, float64 [layers, n + 1]: errors, and squared norms of what was received.
+
+        Errors of all candidates, or where the lasting ones are asked for, of the rates at present alone. Norms of rank
+        0 alone: all ranks received the same, but one that joined later has not received it all.
         """
         rates = [(rate,) for rate in present] if self._lasting else [layer.rates for layer in layers]
         errors = error_table(self.compressor, layers, self.accumulated if self.policy.needs_errors else {}, rates)
-        gradients = [self.accumulated.get(layer.name + GRADIENT) for layer in layers]
-        squares = [
-            0.0 if g is None else float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients
-        ]
-        return np.column_stack([errors, np.asarray(squares, np.float32).astype(np.float64)])
+        squares = [self._received_norm(layer) ** 2 if self.slots[0].rank == 0 else 0.0 for layer in layers]
+        return np.column_stack([errors, squares])
+
+    def _received_norm(self, layer: Layer) -> float:
+        """Of the mean over the steps."""
+        if (sums := self.accumulated.get(key(layer.name, AGGREGATE))) is None:
+            return 0.0
+        return float(torch.linalg.vector_norm(sums[:-1], dtype=torch.float64) / sums[-1])
 
     @property
     def _lasting(self) -> bool:

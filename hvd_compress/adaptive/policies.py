@@ -20,7 +20,7 @@ class Statistics:
     layers: Sequence[Layer]
     errors: np.ndarray  # float64 [layers, candidates], sums over the ranks
     costs: np.ndarray  # float64 of that shape: bytes or seconds, infinite past a layer's last candidate
-    norms: np.ndarray  # float64 [layers], of the gradients since the window began
+    norms: np.ndarray  # float64 [layers], of the mean of what ranks received since the decision before
     previous_norms: dict[str, float]  # by name, at the decision before; empty at the first
 
 
@@ -62,7 +62,9 @@ class Accordion:
     low, high: rates of low and of high compression.
     eta: a layer is critical if its norm differs from that of the decision before by at least this part of it.
 
-    The authors also go back to low compression when the learning rate is about to drop, which nothing tells us here.
+    The norm is that of the accumulated gradient, as in the paper: the sum over the interval of what the ranks received,
+    compressed as it was, divided by the number of steps, so that intervals of two lengths can be compared. The authors
+    also go back to low compression when the learning rate is about to drop, which nothing tells us here.
     """
 
     low: float

@@ -1,7 +1,7 @@
 """One algorithm a file; `base` holds their contract."""
 
 from .adacomp import AdaCompCompressor
-from .alone import rate_of, relative_error
+from .alone import relative_error
 from .base import Compressor, Slot, SummedCompressor
 from .bf16 import BF16Compressor
 from .dgc import DGCCompressor
@@ -15,6 +15,7 @@ from .sparse import SparseGatherer
 from .stochastic_pruning import StochasticPruningCompressor
 from .terngrad import TernGradCompressor
 from .topk import TopKCompressor
+from .traffic import traffic, warn_if_more_than_dense
 
 __all__ = [
     "AdaCompCompressor",
@@ -35,6 +36,7 @@ __all__ = [
     "SummedCompressor",
     "TernGradCompressor",
     "TopKCompressor",
-    "rate_of",
     "relative_error",
+    "traffic",
+    "warn_if_more_than_dense",
 ]

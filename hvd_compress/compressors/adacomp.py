@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..schedules import Rate, describe
-from .base import Slot, SparsifyingCompressor, flat, max_abs
+from .base import Slot, SparsifyingCompressor, flat, max_abs, most_room
 
 _MAX_BIN_SIZE = 1 << 14  # the paper's 16-bit format: 14 bits of index, 2 of value
 _BIN_SIZES = (10, 20, 35, 50, 64, 100, 150, 200, 350, 500, 1000, 2000, 5000, 10_000, _MAX_BIN_SIZE)
@@ -43,17 +43,20 @@ class AdaCompCompressor(SparsifyingCompressor):
         usual = 50 if len(shape) > 2 else 500
         return usual if self.bin_size is None else _size_at(self.bin_size, step)
 
-    def rate(self, slot: Slot) -> int:
+    def rate_of(self, slot: Slot) -> int:
         return self.bin_size_of(slot.shape, slot.step) if slot.rate is None else _size_at(slot.rate, slot.step)
+
+    def frame_held(self, slot: Slot) -> int:
+        return wire.frame_bytes(most_room(slot.shape.numel()))
 
     def encode(self, slot: Slot, gradient: Tensor, residual: Tensor | None, kept: Tensor, room: int) -> Tensor | int:
         """Payload: the scale, float32, then gap codes of 8 bits for bins of up to 64, else 16."""
-        payload, bin_size = slot.room(max(room, 0)), self.rate(slot)
+        payload, bin_size = slot.room(max(room, 0)), self.rate_of(slot)
         length = kernels.of(gradient).adacomp_encode(gradient, residual, kept, bin_size, payload)
         return int(length) if length < 0 else payload[:length]
 
     def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-        width = kernels.token_width(self.rate(slot))
+        width = kernels.token_width(self.rate_of(slot))
         return float(kernels.of(out).gaps_sum(payloads, width, divisor, out))
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..memory import ErrorFeedback
 from ..requests import Allgather, Alltoall, Exchange, Request
-from ..schedules import value_at
-from .base import Compressor, Slot, flat32
+from .base import Compressor, Slot
 
 
 def relative_error(compressor: Compressor, slot: Slot, gradient: Tensor) -> float:
-    """L2 norm of what would not be sent of gradient and residual, as a part of theirs; NaN if not all is finite.
+    """L2 norm of what would not be sent of what is owed, as a part of that; NaN if not all is finite.
 
     As if this rank were the only one: random numbers are those of rank 0, scalers and choices of entries its own.
     """
@@ -35,24 +34,13 @@ def relative_error(compressor: Compressor, slot: Slot, gradient: Tensor) -> floa
         divided=False,
         bound=None,
     )
+    owed = compressor.owed(alone, gradient)
     total = _alone(compressor.exchange(alone, gradient))
     if total is None:
         return math.nan
-    memory.commit()
-    sent = total.view(-1)
-    lost = memory.residuals.get(slot.name) if compressor.stateful else flat32(gradient) - sent
-    if lost is None:
-        return 0.0
-    whole = float(torch.linalg.vector_norm(lost + sent, dtype=torch.float64))
-    return float(torch.linalg.vector_norm(lost, dtype=torch.float64)) / whole if whole else 0.0
-
-
-def rate_of(compressor: Any, slot: Slot) -> float | None:
-    """At what rate this compressor exchanges a gradient now; None if it has no rates."""
-    if hasattr(compressor, "rate"):
-        return float(compressor.rate(slot))
-    density = getattr(compressor, "density", None)
-    return None if density is None else value_at(density, slot.step)
+    whole = float(torch.linalg.vector_norm(owed, dtype=torch.float64))
+    lost = float(torch.linalg.vector_norm(owed - total.view(-1), dtype=torch.float64))
+    return lost / whole if whole else 0.0
 
 
 def _alone(exchange: Exchange) -> Tensor | None:

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels, wire
-from ..memory import ErrorFeedback
+from ..memory import FRAMES, RESIDUALS, SPARE, ErrorFeedback
 from ..requests import Allgather, Allreduce, Exchange, Request
+from ..schedules import value_at
+from .footprint import Sent
 
 
 @dataclass
@@ -67,6 +69,20 @@ class Compressor(abc.ABC):
         """Who exchanges this parameter in this step: the same on every rank. None for as it is."""
         return self if slot.compressed or self.takes_all else None
 
+    def terms(self, slots: Sequence[Slot], step: int) -> Mapping[str, str]:
+        """What decides the collectives of `step` besides the options, in words by what it is: schedules, masks."""
+        options = self.options().items()
+        return {name: repr(value_at(value, step)) for name, value in options if callable(value)}
+
+    @property
+    def varies(self) -> bool:
+        """Whether all ranks must compare `terms` before each step, since these may change while training runs."""
+        return any(callable(value) for value in self.options().values())
+
+    def disagreement(self, what: str, ranks_by_state: Mapping[str, Sequence[int]], size: int) -> Exception | None:
+        """The error for terms that differ; None for the usual one."""
+        return None
+
     def conflict(self, optimizer: torch.optim.Optimizer) -> str | None:
         """What is wrong with exchanging gradients for this optimizer so, and the remedy; None if nothing is."""
         return None
@@ -74,6 +90,26 @@ class Compressor(abc.ABC):
     @abc.abstractmethod
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         """Exchange `gradient`, of any floating dtype and shape, which stays as it is; see requests.Exchange."""
+
+    def rate_of(self, slot: Slot) -> float | None:
+        """The density, bits or the like of this step: a controller's, or its own; None where there is no such thing."""
+        return None
+
+    def sent(self, slot: Slot) -> Sent | None:
+        """What a rank gives to collectives for a float32 gradient at the present rate, about; None where unknown."""
+        return None
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        """Bytes that a rank holds between steps for a float32 gradient at the present rate: by what, as memory.Held."""
+        return {}
+
+    def cached(self, slot: Slot) -> Sequence[Tensor]:
+        """The tensors of its own that `slot.cache` holds."""
+        return ()
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        """All that an exchange would send if it lost nothing, [numel]: the gradient, and what was not sent before."""
+        return slot.memory.compensate(slot.name, flat32(gradient)) if self.stateful else gradient.detach().reshape(-1)
 
     def options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -91,7 +127,7 @@ class SummedCompressor(Compressor):
         return total.to(dtype)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(self.summand(gradient))
+        total: Tensor = yield Allreduce(self.summand(gradient), last=True)
         return total.to(torch.float32 if gradient.dtype != torch.float64 else torch.float64).reshape(-1)
 
 
@@ -113,8 +149,23 @@ class SparsifyingCompressor(Compressor):
         """As gather_sum's, of payloads of this slot."""
 
     @abc.abstractmethod
-    def rate(self, slot: Slot) -> float:
-        """What the frame's header says of the density or the like."""
+    def rate_of(self, slot: Slot) -> float:
+        """As of Compressor; the frame's header says it, too."""
+
+    @abc.abstractmethod
+    def payload_bytes(self, shape: torch.Size, rate: float) -> int:
+        """What a rank sends of a float32 gradient of `shape` at this rate, its header included."""
+
+    @abc.abstractmethod
+    def frame_held(self, slot: Slot) -> int:
+        """Bytes of the frame that is kept for the next float32 gradient."""
+
+    def sent(self, slot: Slot) -> Sent:
+        return Sent(gathered=self.payload_bytes(slot.shape, self.rate_of(slot)))
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        residual = 4 * slot.shape.numel()
+        return {RESIDUALS: residual, SPARE: residual, FRAMES: self.frame_held(slot)}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         kept = slot.memory.room(slot.name, gradient)
@@ -128,7 +179,17 @@ class SparsifyingCompressor(Compressor):
         if payload is not None:
             slot.memory.propose(slot.name, kept)
         add = functools.partial(self.add, slot)
-        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate(slot), flags=flags))
+        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate_of(slot), flags=flags))
+
+
+def most_room(numel: int) -> int:
+    """Bytes that a payload may have so that its frame is no larger than `numel` float32 values."""
+    return max(4 * numel - wire.HEADER_BYTES, 0)
+
+
+def frame_room(payload_bytes: int) -> int:
+    """What `Slot.room` holds of it for the next step."""
+    return wire.frame_bytes(payload_bytes) if payload_bytes else 0
 
 
 def flat32(gradient: Tensor) -> Tensor:
@@ -163,15 +224,15 @@ def gather_sum(
     """Gather every rank's payload and add what they decode to, in rank order: float32 [numel], the same bits on all.
 
     `payload` None says that this rank's gradient is not finite; then, on every rank, the sum is None.
-    `add(payloads, divisor, out)` puts the sum of all, divided by `divisor`, into `out`, float32 [numel], as a kernel
-    does: it returns a bound of |out|, finite exactly if that is, and raises kernels.PayloadError.
+    `add(payloads, divisor, out)` puts the sum of all, divided by `divisor`, into `out`, float32 [numel] on the CPU, as
+    a kernel does: it returns a bound of |out|, finite exactly if that is, and raises kernels.PayloadError.
     """
     if payload is None:
         payload, flags = _NOTHING, wire.NON_FINITE
     sent = wire.Frame(
         compressor.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags
     )
-    answers: list[Tensor] = yield Allgather(wire.pack(sent, slot.frame))
+    answers: list[Tensor] = yield Allgather(wire.pack(sent, slot.frame), last=True)
     frames = unpack(sent, answers, slot)
     if not all(frame.finite for frame in frames):
         return None
@@ -180,8 +241,9 @@ def gather_sum(
         out = torch.empty(gradient.numel(), dtype=torch.float32, device=gradient.device)
     if any(frame.dense for frame in frames):
         add = functools.partial(_add_some_dense, frames, add)
+    payloads = [frame.payload for frame in frames]
     try:
-        slot.bound = add([frame.payload for frame in frames], slot.divisor, out)
+        slot.bound = kernels.on_host(lambda host: add(payloads, slot.divisor, host), out)
     except kernels.PayloadError as error:
         raise wire.WireError(error.rank, slot.name, "a payload that decodes", error) from error
     slot.divided = True

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import kernels
+from .. import kernels, wire
+from ..memory import FRAMES
 from ..requests import Exchange
 from .base import Compressor, Slot, flat, gather_sum
+from .footprint import Sent
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,12 @@ class BF16Compressor(Compressor):
     """Round to the nearest bfloat16 (ties to even) on every rank; the sum of those is exact to float32 rounding."""
 
     algorithm = 2
+
+    def sent(self, slot: Slot) -> Sent:
+        return Sent(gathered=wire.frame_bytes(2 * slot.shape.numel()))
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        return {FRAMES: wire.frame_bytes(2 * slot.shape.numel())}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         values = flat(gradient)

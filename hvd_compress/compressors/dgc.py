@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels, wire
-from ..memory import MOMENTUM, key
+from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, key
 from ..requests import Allreduce, Exchange
 from ..schedules import Rate, density_at, entries_of
-from .base import Compressor, Slot, flat32, gather_sum, max_abs
+from .base import Compressor, Slot, flat32, frame_room, gather_sum, max_abs
+from .footprint import Sent
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class DGCCompressor(Compressor):
             raise ValueError(f"weight_decay must not be negative: {self.weight_decay}")
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        density = density_at(self.density if slot.rate is None else slot.rate, slot.step)
+        density = self.density_of(slot)
         k = entries_of(density, gradient.numel())
         velocity, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
         if not (slot.compressed and saves(gradient.numel(), k)):
-            total: Tensor = yield Allreduce(slot.memory.compensate(slot.name, step))
+            total: Tensor = yield Allreduce(slot.memory.compensate(slot.name, step), last=True)
             if max_abs(total) == math.inf:
                 return None
             self._propose(slot, velocity, torch.zeros_like(step))
@@ -81,6 +82,32 @@ class DGCCompressor(Compressor):
             velocity[kernel.sparse_positions(payload, step.numel()).to(velocity.device)] = 0
             self._propose(slot, velocity, kept)
         return (yield from gather_sum(self, slot, gradient, payload, _add, rate=density))
+
+    def sent(self, slot: Slot) -> Sent:
+        payload = self._payload_bytes(slot)
+        return Sent(gathered=wire.frame_bytes(payload)) if payload else Sent(reduced=4 * slot.shape.numel())
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        residual = 4 * slot.shape.numel()
+        momentum = residual if self.momentum else 0
+        frames = frame_room(self._payload_bytes(slot))
+        return {RESIDUALS: residual, MOMENTUM: momentum, SPARE: residual + momentum, FRAMES: frames}
+
+    def _payload_bytes(self, slot: Slot) -> int:
+        """0 where the gradient travels as it is."""
+        numel = slot.shape.numel()
+        k = entries_of(self.density_of(slot), numel)
+        return kernels.sparse_bytes(numel, k) if slot.compressed and saves(numel, k) else 0
+
+    def density_of(self, slot: Slot) -> float:
+        return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+
+    def rate_of(self, slot: Slot) -> float | None:
+        return self.density_of(slot) if slot.compressed else None
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        _, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
+        return slot.memory.compensate(slot.name, step)
 
     def prepare(self, slot: Slot, gradient: Tensor) -> Tensor:
         """`gradient`, float32 [numel], clipped, with the decay of the weights; both in units of the scaled loss."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SummedCompressor
+from .base import Slot, SummedCompressor
+from .footprint import Sent
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,9 @@ class FP16Compressor(SummedCompressor):
     """Cast to float16, add in float16. Values past 65504 become infinite, in the sum too."""
 
     algorithm = 1
+
+    def sent(self, slot: Slot) -> Sent:
+        return Sent(reduced=2 * slot.shape.numel())
 
     def summand(self, gradient: Tensor) -> Tensor:
         return gradient.to(torch.float16) if gradient.is_floating_point() else gradient

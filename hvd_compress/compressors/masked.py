@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from .. import wire
+from ..memory import POSITIONS
 from ..requests import Allgather, Allreduce, Exchange
 from .base import Compressor, Slot, SummedCompressor, flat32, max_abs, unpack
+from .footprint import Sent
+
+_MASK = "the mask of "
 
 
 class MaskSource(Protocol):
@@ -78,12 +82,53 @@ class MaskedCompressor(Compressor):
         return {"masks": type(self.masks).__name__, "dense": type(self.dense).__name__} | of_dense
 
     def chosen(self, slot: Slot) -> Compressor | None:
-        source = self.masks() if callable(self.masks) else self.masks
-        mask, known = source.masks.get(slot.name), slot.cache
-        if known is None or known.version != source.version or known.mask is not mask:
-            known = slot.cache = _Known(source.version, mask, slot.step, None if mask is None else _kept(mask, slot))
+        known = self._known(slot, slot.step)
         usual = known.kept or self.dense.chosen(slot)
         return _Compared(known, usual) if known.step == slot.step else usual
+
+    @property
+    def _source(self) -> MaskSource:
+        return self.masks() if callable(self.masks) else self.masks
+
+    def _known(self, slot: Slot, step: int) -> _Known:
+        source = self._source
+        mask, known = source.masks.get(slot.name), slot.cache
+        if known is None or known.version != source.version or known.mask is not mask:
+            known = slot.cache = _Known(source.version, mask, step, None if mask is None else _kept(mask, slot))
+        return known
+
+    varies = True
+
+    def terms(self, slots: Sequence[Slot], step: int) -> Mapping[str, str]:
+        """Which masks are new in `step`, and the schedules of `dense`."""
+        new = [slot.name for slot in slots if self._known(slot, step).step == step]
+        new.sort(key=lambda name: name not in self._source.masks)  # those that have one are named first
+        return {**{f"{_MASK}{name}": "changed" for name in new}, **super().terms(slots, step)}
+
+    def disagreement(self, what: str, ranks_by_state: Mapping[str, Sequence[int]], size: int) -> Exception | None:
+        if not what.startswith(_MASK):
+            return None
+        _, unusual = ranks_by_state.values()
+        return MaskError(what[len(_MASK) :], list(unusual), size)
+
+    def sent(self, slot: Slot) -> Sent | None:
+        if (mask := self._mask_of(slot)) is not None:
+            return Sent(reduced=4 * max(int(mask.count_nonzero()), 1))
+        usual = self.dense.chosen(slot)
+        return usual.sent(slot) if usual else Sent(reduced=4 * slot.shape.numel())
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        if (mask := self._mask_of(slot)) is not None:
+            return {POSITIONS: 8 * int(mask.count_nonzero())}
+        usual = self.dense.chosen(slot)
+        return usual.held(slot) if usual else {}
+
+    def cached(self, slot: Slot) -> Sequence[Tensor]:
+        kept = slot.cache.kept if slot.cache else None
+        return [kept.positions] if kept else []
+
+    def _mask_of(self, slot: Slot) -> Tensor | None:
+        return self._source.masks.get(slot.name)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         raise AssertionError("only what is chosen exchanges")
@@ -112,7 +157,7 @@ class KeptCompressor(SummedCompressor):
         return dense.index_copy_(0, self.positions.to(total.device), total.to(dtype)).view(shape)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(self.summand(gradient))
+        total: Tensor = yield Allreduce(self.summand(gradient), last=True)
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         return self.restore(total, gradient.shape, dtype).view(-1)
 
@@ -145,11 +190,19 @@ class _Compared(Compressor):
             return (yield from self._first(self.known.kept, slot, gradient))
         if self.usual:
             return (yield from self.usual.exchange(slot, gradient))
-        total: Tensor = yield Allreduce(gradient if gradient.dtype == torch.float64 else flat32(gradient))
+        total: Tensor = yield Allreduce(gradient if gradient.dtype == torch.float64 else flat32(gradient), last=True)
         return total.view(-1)
 
+    def rate_of(self, slot: Slot) -> float | None:
+        return self.usual.rate_of(slot) if self.usual else None
+
+    def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
+        if self.known.kept:  # sends what `dense` has left in its residual as well
+            return slot.memory.compensate(slot.name, flat32(gradient))
+        return self.usual.owed(slot, gradient) if self.usual else gradient.detach().reshape(-1)
+
     def _first(self, kept: KeptCompressor, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(kept.summand(slot.memory.compensate(slot.name, flat32(gradient))))
+        total: Tensor = yield Allreduce(kept.summand(slot.memory.compensate(slot.name, flat32(gradient))), last=True)
         if max_abs(total) == math.inf:
             return None
         if slot.name in slot.memory.residuals:

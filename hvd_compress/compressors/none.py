@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SummedCompressor
+from .base import Slot, SummedCompressor
+from .footprint import Sent
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,9 @@ class NoneCompressor(SummedCompressor):
     """Every gradient as it is; bfloat16 travels as float32, which Horovod and MPI can add."""
 
     algorithm = 0
+
+    def sent(self, slot: Slot) -> Sent:
+        return Sent(reduced=4 * slot.shape.numel())
 
     def summand(self, gradient: Tensor) -> Tensor:
         return gradient.float() if gradient.dtype == torch.bfloat16 else gradient

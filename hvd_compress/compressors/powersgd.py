@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.random import RANDOM_BITS
-from ..memory import FACTOR, key
+from ..memory import FACTOR, FACTORS, RESIDUALS, SPARE, key
 from ..requests import Allreduce, Exchange
 from ..schedules import Rate, value_at
 from .base import Compressor, Slot, flat32, max_abs
+from .footprint import Sent
 
 _MIN_RATIO = 2  # of dense bytes to sent ones: what saves less travels as it is
 _LARGEST = 2.0**125  # so that twice a norm is finite in float32
@@ -46,15 +47,23 @@ class PowerSGDCompressor(Compressor):
     def __post_init__(self) -> None:
         _whole(value_at(self.approximation_rank, 0))
 
-    def rate(self, slot: Slot) -> float:
+    def rate_of(self, slot: Slot) -> float:
         """The approximation rank of this step, before it is cut to the rows or columns."""
         return value_at(self.approximation_rank if slot.rate is None else slot.rate, slot.step)
 
+    def sent(self, slot: Slot) -> Sent:
+        return Sent(reduced=self.payload_bytes(slot.shape, self.rate_of(slot)))
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        residual = 4 * slot.shape.numel()
+        factor = 4 * rank_of(slot.shape, self.rate_of(slot)) * matrix_shape(slot.shape)[1]
+        return {RESIDUALS: residual, FACTORS: factor, SPARE: residual + factor}
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        rank = rank_of(gradient.shape, self.rate(slot))
+        rank = rank_of(gradient.shape, self.rate_of(slot))
         accumulated = slot.memory.compensate(slot.name, flat32(gradient))
         if not rank:
-            total: Tensor = yield Allreduce(accumulated)
+            total: Tensor = yield Allreduce(accumulated, last=True)
             if max_abs(total) == math.inf:
                 return None
             slot.memory.propose(slot.name, torch.zeros_like(accumulated))
@@ -68,7 +77,7 @@ class PowerSGDCompressor(Compressor):
             return None
         left = orthonormalise(left)
         right = (left.t() @ matrix).t().contiguous()
-        factor: Tensor = yield Allreduce(right)
+        factor: Tensor = yield Allreduce(right, last=True)
         if max_abs(factor) == math.inf:
             return None
         slot.memory.propose(slot.name, matrix.addmm_(left, right.t(), alpha=-1).view(-1))

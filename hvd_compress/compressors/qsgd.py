@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..kernels.quantise import levels_of
+from ..memory import FRAMES
 from ..requests import Exchange
 from ..schedules import Rate, describe
-from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, gather_sum, max_abs
+from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, frame_room, gather_sum, max_abs
+from .footprint import Sent
 
 _NORMS = ("max", "l2")
 _MOST_BITS = 8
@@ -43,12 +45,20 @@ class QSGDCompressor(Compressor):
         if self.norm not in _NORMS:
             raise ValueError(f"norm must be 'max' or 'l2': {self.norm!r}")
 
-    def rate(self, slot: Slot) -> int:
+    def rate_of(self, slot: Slot) -> int:
         """The bits of this step."""
         return _bits_at(self.bits if slot.rate is None else slot.rate, slot.step)
 
+    def sent(self, slot: Slot) -> Sent:
+        return Sent(gathered=self.payload_bytes(slot.shape, self.rate_of(slot)))
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        numel, bits = slot.shape.numel(), self.rate_of(slot)
+        saves = self._saves(numel, bits)
+        return {FRAMES: frame_room(kernels.quantised_bytes(numel, bits, self.bucket_size)) if saves else 0}
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        values, bits = flat(gradient), self.rate(slot)
+        values, bits = flat(gradient), self.rate_of(slot)
         kernel, flags = kernels.of(values), 0
         length = kernels.quantised_bytes(values.numel(), bits, self.bucket_size)
         payload: Tensor | None

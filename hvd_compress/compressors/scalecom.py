@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..memory import RESIDUALS, SPARE
 from ..requests import Allreduce, Broadcast, Exchange
 from ..schedules import Rate, density_at, entries_of
+from ..wire import WireError
 from .base import Compressor, Slot, flat32, max_abs
+from .footprint import Sent
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class ScaleComCompressor(Compressor):
         if self.chunk is not None and not (isinstance(self.chunk, int) and self.chunk >= 1):
             raise ValueError(f"chunk must be a whole number of elements, or None for no chunks: {self.chunk!r}")
 
+    def sent(self, slot: Slot) -> Sent:
+        numel = slot.shape.numel()
+        k = self.entries(slot, numel)
+        if not saves(numel, k):
+            return Sent(reduced=4 * numel)
+        return Sent(reduced=4 * (k + 1), broadcast=_index_type(numel).itemsize * k)
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        return {RESIDUALS: 4 * slot.shape.numel(), SPARE: 4 * slot.shape.numel()}
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         accumulated = slot.memory.compensate(slot.name, flat32(gradient))
         numel = accumulated.numel()
@@ -53,24 +66,38 @@ class ScaleComCompressor(Compressor):
             picks = self.pick(accumulated, k) if slot.rank == leader and finite else torch.arange(k)
             positions: Tensor = yield Broadcast(picks.to(accumulated.device, _index_type(numel)), leader)
             positions = positions.to(torch.int64)
-            # A flag rides along, since what is not finite need not be at these positions.
-            flag = accumulated.new_tensor([0.0 if finite else math.nan])
-            summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]))
-            total = torch.zeros_like(accumulated).index_copy_(0, positions, summed[:-1])
+            sound = are_positions(positions, k, numel)
+            if not sound:
+                positions = torch.arange(k, device=accumulated.device)
+            # How many ranks have what is not finite, which need not be at these positions, and, past the number of
+            # ranks, how many got no positions: so all ranks learn of both.
+            flag = accumulated.new_tensor([(not finite) + (not sound) * (slot.size + 1.0)])
+            summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]), last=True)
+            summed, flags = summed[:-1], float(summed[-1])
+            if flags > slot.size:
+                found = "others on this rank" if not sound else "others on another rank"
+                raise WireError(leader, slot.name, f"{k} ascending positions below {numel}", found)
+            if flags:
+                return None
+            total = torch.zeros_like(accumulated).index_copy_(0, positions, summed)
             accumulated[positions] = 0
         else:
-            summed = total = yield Allreduce(accumulated)
+            summed = total = yield Allreduce(accumulated, last=True)
             accumulated = torch.zeros_like(accumulated)
         if max_abs(summed) == math.inf:
             return None
         slot.memory.propose(slot.name, self._filtered(slot, accumulated))
         return total
 
+    def rate_of(self, slot: Slot) -> float:
+        """The density of this step."""
+        if self.chunk is not None:
+            return 1 / self.chunk
+        return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+
     def entries(self, slot: Slot, numel: int) -> int:
         """How many entries are sent: the same on every rank."""
-        if self.chunk is not None:
-            return -(-numel // self.chunk)
-        return entries_of(density_at(self.density if slot.rate is None else slot.rate, slot.step), numel)
+        return -(-numel // self.chunk) if self.chunk is not None else entries_of(self.rate_of(slot), numel)
 
     def pick(self, accumulated: Tensor, k: int) -> Tensor:
         """Ascending positions, int64 [k], that the leader chooses in float32 [numel], finite."""
@@ -84,6 +111,14 @@ class ScaleComCompressor(Compressor):
             return unsent
         residual = slot.memory.residuals.get(slot.name)
         return self.beta * unsent if residual is None else torch.lerp(residual.to(unsent.device), unsent, self.beta)
+
+
+def are_positions(positions: Tensor, k: int, numel: int) -> bool:
+    """Whether int64 [k] ascends, without repetition, from at least 0 to less than `numel`."""
+    if positions.shape != (k,):
+        return False
+    ends = not k or (int(positions[0]) >= 0 and int(positions[-1]) < numel)
+    return ends and bool((positions[1:] > positions[:-1]).all())
 
 
 def saves(numel: int, entries: int) -> bool:

@@ -29,7 +29,7 @@ class SparseGatherer(Compressor):
             + [part.cpu().contiguous().view(-1).view(torch.uint8) for part in parts]
         )
         sent = wire.Frame(self.algorithm, gradient.dtype, slot.rank, slot.index, 0.0, gradient.numel(), payload)
-        answers: list[Tensor] = yield Allgather(wire.pack(sent))
+        answers: list[Tensor] = yield Allgather(wire.pack(sent), last=True)
         everyone = [_decode(frame, slot, gradient.sparse_dim()) for frame in unpack(sent, answers, slot)]
         indices = torch.cat([indices for indices, _ in everyone], dim=1)
         values = torch.cat([values for _, values in everyone])

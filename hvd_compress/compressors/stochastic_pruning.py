@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels, wire
-from ..memory import THRESHOLD, key
+from ..memory import FRAMES, SPARE, THRESHOLD, THRESHOLDS, key
 from ..requests import Exchange
 from ..schedules import Rate, value_at
-from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, gather_sum
+from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, gather_sum, most_room
+from .footprint import Sent
 
 _NORMAL = statistics.NormalDist()
 _FURTHEST = 8.0  # that the calibration goes from the threshold of a normal distribution
@@ -52,8 +53,22 @@ class StochasticPruningCompressor(Compressor):
             raise ValueError(f"rate must be in (0, 1): {rate} at step {step}")
         return rate
 
+    def sent(self, slot: Slot) -> Sent:
+        """About: so many elements are below the threshold once it is calibrated."""
+        numel = slot.shape.numel()
+        payload = 4 + kernels.ternary_bytes(numel) + 4 * round((1 - self.rate_of(slot)) * numel)
+        return Sent(gathered=wire.frame_bytes(payload if payload <= most_room(numel) else 4 * numel))
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        numel = slot.shape.numel()
+        threshold = 4 if 4 + kernels.ternary_bytes(numel) <= most_room(numel) else 0
+        return {THRESHOLDS: threshold, SPARE: threshold, FRAMES: wire.frame_bytes(most_room(numel))}
+
+    def rate_of(self, slot: Slot) -> float:
+        return self.rate_at(slot.step)
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        values, rate = flat(gradient), self.rate_at(slot.step)
+        values, rate = flat(gradient), self.rate_of(slot)
         kernel, numel, flags = kernels.of(values), values.numel(), 0
         largest, mean = kernel.magnitudes(values)
         payload: Tensor | None = None

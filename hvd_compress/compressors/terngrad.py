@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels, wire
+from ..memory import FRAMES
 from ..requests import Allreduce, Exchange, ReduceOp
-from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, gather_sum
+from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, frame_room, gather_sum, most_room
+from .footprint import Sent
 
 _SCALER = struct.Struct("<f")
 
@@ -35,6 +37,14 @@ class TernGradCompressor(Compressor):
     def __post_init__(self) -> None:
         if self.clip_sigma is not None and not 0 < self.clip_sigma < math.inf:
             raise ValueError(f"clip_sigma must be positive, or None for no clipping: {self.clip_sigma}")
+
+    def sent(self, slot: Slot) -> Sent:
+        numel = slot.shape.numel()
+        frame = wire.frame_bytes(_payload_bytes(numel) or 4 * numel)
+        return Sent(gathered=frame, reduced=4 * self.share_scaler)
+
+    def held(self, slot: Slot) -> dict[str, int]:
+        return {FRAMES: frame_room(_payload_bytes(slot.shape.numel()))}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         values = flat(gradient)
@@ -69,6 +79,12 @@ def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:
     largest, sigma = kernel.moments(values)
     bound = _SCALER.unpack(_SCALER.pack(clip_sigma * sigma))[0] if clip_sigma * sigma < largest else largest
     return float(bound if bound > 0 else largest)
+
+
+def _payload_bytes(numel: int) -> int:
+    """Of a float32 gradient; 0 where it saves nothing."""
+    length = 4 + kernels.ternary_bytes(numel)
+    return length if length <= most_room(numel) else 0
 
 
 def _add(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:

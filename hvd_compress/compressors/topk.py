@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..schedules import Rate, density_at, entries_of
-from .base import Slot, SparsifyingCompressor, flat32, max_abs
+from .base import Slot, SparsifyingCompressor, flat32, frame_room, max_abs
 
 _DENSITIES = tuple(2.0 ** (-quarter / 4) for quarter in range(53))  # 1 to 1/8192
 _BIN_BITS = 16  # of a magnitude's float32 that are left out in the histogram: bins of 1/128 relative width
@@ -33,11 +33,16 @@ class TopKCompressor(SparsifyingCompressor):
     def __post_init__(self) -> None:
         density_at(self.density, 0)
 
-    def rate(self, slot: Slot) -> float:
+    def rate_of(self, slot: Slot) -> float:
         return density_at(self.density if slot.rate is None else slot.rate, slot.step)
 
+    def frame_held(self, slot: Slot) -> int:
+        numel = slot.shape.numel()
+        k = entries_of(self.rate_of(slot), numel)
+        return frame_room(kernels.sparse_bytes(numel, k) if _saves(numel, k) else 0)
+
     def encode(self, slot: Slot, gradient: Tensor, residual: Tensor | None, kept: Tensor, room: int) -> Tensor | int:
-        kernel, k = kernels.of(gradient), entries_of(self.rate(slot), gradient.numel())
+        kernel, k = kernels.of(gradient), entries_of(self.rate_of(slot), gradient.numel())
         length = kernels.sparse_bytes(gradient.numel(), k)
         if length > room:
             finite = kernel.accumulate(gradient, residual, kept) < math.inf

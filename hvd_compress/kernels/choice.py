@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -37,6 +38,26 @@ def in_use() -> str:
 def of(gradient: Tensor) -> ModuleType:
     """The module, native or reference, whose functions take this tensor."""
     return native if in_use() != "torch" and native.takes(gradient) else reference
+
+
+def host_memory(numel: int, device: torch.device) -> Tensor | None:
+    """float32 [numel] on the CPU for what is copied to `device`, pinned for CUDA; None where that is the CPU."""
+    if device.type == "cpu":
+        return None
+    return torch.empty(numel, dtype=torch.float32, pin_memory=device.type == "cuda")
+
+
+def on_host(add: Callable[[Tensor], float], out: Tensor) -> float:
+    """Call `add`, which fills a tensor from payloads on the CPU, for `out`, float32 [numel] on any device.
+
+    The kernels write to the CPU's memory alone: what belongs on another device is added up there, then copied once.
+    """
+    host = host_memory(out.numel(), out.device)
+    if host is None:
+        return add(out)
+    bound = add(host)
+    out.copy_(host)  # returns when it is done: whoever reads `out` may do so on another stream than this thread's
+    return bound
 
 
 def largest_positions(values: Tensor, k: int) -> Tensor:

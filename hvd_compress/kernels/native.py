@@ -62,7 +62,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "hc_gaps_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_int, c_float, c_void_p, c_void_p]),
     "hc_prune_encode": (c_int64, [c_void_p, c_int, c_size_t, c_float, c_uint64, c_void_p, c_size_t]),
-    "hc_prune_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
+    "hc_prune_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p, c_void_p]),
     "hc_prune_dense": (c_uint64, [c_void_p, c_size_t, c_float, c_uint64, c_void_p, c_void_p]),
     "hc_bfloat_encode": (c_int, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_bfloat_sum": (c_int32, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
@@ -251,11 +251,12 @@ def prune_encode(gradient: Tensor, threshold: float, key: int, payload: Tensor) 
 
 def prune_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
     assert _library is not None
-    shape = len(payloads), out.numel(), divisor, out.data_ptr()
+    top = c_int32()
+    shape = len(payloads), out.numel(), divisor, out.data_ptr(), ctypes.byref(top)
     failed = _checked(_library.hc_prune_sum(_addresses(payloads), _lengths(payloads), *shape))
     if failed:
         raise PayloadError(-failed - 1, "no threshold, or another number of elements than its codes say")
-    return largest(out)
+    return _magnitude(top.value)
 
 
 def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,18 +30,22 @@ class Pending(abc.ABC):
     def wait(self) -> Any:
         """The answer."""
 
-    def await_ready(self) -> None:  # noqa: B027  # what `wait` would wait for may be all there is to wait for
-        """Wait, but take no answer yet."""
+    def await_ready(  # noqa: B027  # what `wait` would wait for may be all there is to wait for
+        self, meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Wait, but take no answer yet; call `meanwhile` again and again."""
 
 
 class PolledPending(Pending):
     """One that tells by itself when it is done."""
 
-    def await_ready(self) -> None:
+    def await_ready(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Poll, and leave the core to others between polls: Horovod's and MPI's own waits keep it busy."""
         for poll in itertools.count():
             if self.ready():
                 return
+            if meanwhile is not None:
+                meanwhile()
             if poll > _POLLS:
                 time.sleep(_SLEEP_SECONDS)
 
@@ -53,8 +57,8 @@ class _Then(Pending):
     def ready(self) -> bool:
         return self._pending.ready()
 
-    def await_ready(self) -> None:
-        self._pending.await_ready()
+    def await_ready(self, meanwhile: Callable[[], None] | None = None) -> None:
+        self._pending.await_ready(meanwhile)
 
     def wait(self) -> Any:
         return self._transform(self._pending.wait())
@@ -65,6 +69,7 @@ class Transport(abc.ABC):
 
     rank: int
     size: int
+    shared: ClassVar[bool] = False  # with operations of the program, which are matched by how many there were before
 
     @abc.abstractmethod
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:

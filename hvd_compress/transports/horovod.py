@@ -16,11 +16,25 @@ from .base import Pending, PolledPending, Transport
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
 _LENGTH_BYTES = 8  # Horovod's allgather does not tell who sent how much
+_ROW_BYTES = 16
+# Horovod counts what a gather brings together in an int: of elements, which are of eight bytes here.
+MAX_ELEMENTS = (1 << 31) - 1
+
+_posted: dict[Any, str] = {}  # names of operations by handle, until they are synchronized
+
+
+def outstanding() -> list[str]:
+    """Names of the operations that this process has posted, and the other ranks have not all taken part in yet.
+
+    While there are any, `hvd.join()` must not be called: Horovod would take them for operations of all ranks.
+    """
+    return [name for handle, name in _posted.items() if not hvd.poll(handle)]
 
 
 class _HorovodPending(PolledPending):
-    def __init__(self, handle: Any, transform: Callable[[Any], Any]) -> None:
+    def __init__(self, name: str, handle: Any, transform: Callable[[Any], Any]) -> None:
         self._handle, self._transform = handle, transform
+        _posted[handle] = name
 
     def ready(self) -> bool:
         return bool(hvd.poll(self._handle))
@@ -28,6 +42,7 @@ class _HorovodPending(PolledPending):
     def wait(self) -> Any:
         try:
             self.await_ready()
+            _posted.pop(self._handle, None)
             return self._transform(hvd.synchronize(self._handle))
         except HorovodInternalError as error:
             if "join" in str(error).lower():
@@ -41,6 +56,8 @@ class _HorovodPending(PolledPending):
 
 class HorovodTransport(Transport):
     """The ranks of `process_set`, a horovod.torch.ProcessSet; None for all."""
+
+    shared = True
 
     def __init__(self, process_set: Any = None) -> None:
         if not hvd.is_initialized():
@@ -59,32 +76,39 @@ class HorovodTransport(Transport):
         return bool(hvd.is_initialized()) and (self._set.rank(), self._set.size()) == (self.rank, self.size)
 
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
-        return _HorovodPending(hvd.allreduce_async_(tensor, name=name, op=_OPS[op], process_set=self._set), _same)
+        handle = hvd.allreduce_async_(tensor, name=name, op=_OPS[op], process_set=self._set)
+        return _HorovodPending(name, handle, _same)
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        rows = _with_length(parts).view(-1, self._width(name))
-        handle = hvd.allgather_async(rows, name=name, process_set=self._set)
-        return _HorovodPending(handle, _cut)
+        rows = _rows(parts)
+        if rows.numel() * self.size > MAX_ELEMENTS:
+            raise ValueError(
+                f"a message of {rows.numel() * 8 / 1e9:.1f} GB from each of {self.size} ranks is more than Horovod can "
+                f"gather at once, {MAX_ELEMENTS * 8 / 1e9:.1f} GB: choose a method that sends less, or a smaller "
+                "bucket_bytes="
+            )
+        handle = hvd.allgather_async(rows.view(-1, self._width(name)), name=name, process_set=self._set)
+        return _HorovodPending(name, handle, _cut)
 
     def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
-        rows = tensor.view(1, -1) if self._width(name) == 4 else tensor.view(-1, 1)
+        rows = tensor.view(1, -1) if self._width(name) == 1 else tensor.view(-1, 1)
         handle = hvd.broadcast_async_(rows, root_rank=self.members[root], name=name, process_set=self._set)
-        return _HorovodPending(handle, lambda answer: answer.view(-1))
+        return _HorovodPending(name, handle, lambda answer: answer.view(-1))
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
         width = self._width(name)
-        buffers = [_with_length(destination).view(-1, width) for destination in parts]
+        buffers = [_rows(destination).view(-1, width) for destination in parts]
         splits = torch.tensor([len(buffer) for buffer in buffers], dtype=torch.int32)
         handle = hvd.alltoall_async(torch.cat(buffers), splits=splits, name=name, process_set=self._set)
-        return _HorovodPending(handle, lambda answer: _cut(answer[0]))
+        return _HorovodPending(name, handle, lambda answer: _cut(answer[0]))
 
     def _width(self, name: str) -> int:
-        """4 and 8 in turn: another shape than last time, so that Horovod negotiates this collective each time.
+        """1 and 2 in turn: another shape than last time, so that Horovod negotiates this collective each time.
 
         When a rank has called hvd.join(), negotiating says that these collectives cannot go on. One that Horovod's
         response cache knows, by its name and shape, is not negotiated: then the other ranks would wait for ever.
         """
-        self._widths[name] = 12 - self._widths.get(name, 8)
+        self._widths[name] = 3 - self._widths.get(name, 2)
         return self._widths[name]
 
 
@@ -92,16 +116,20 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _with_length(parts: Sequence[Tensor]) -> Tensor:
-    """The parts in one buffer behind their total length, padded to a multiple of 8."""
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    """The parts in one buffer behind their total length, padded to a multiple of _ROW_BYTES; as int64."""
     length = sum(part.numel() for part in parts)
-    padding = torch.zeros(-length % _LENGTH_BYTES, dtype=torch.uint8)
-    return torch.cat([torch.tensor([length]).view(torch.uint8), *parts, padding])
+    padding = torch.zeros(_padding(length), dtype=torch.uint8)
+    return torch.cat([torch.tensor([length]).view(torch.uint8), *parts, padding]).view(torch.int64)
+
+
+def _padding(length: int) -> int:
+    return -(_LENGTH_BYTES + length) % _ROW_BYTES
 
 
 def _cut(gathered: Tensor) -> list[Tensor]:
-    """Undo `_with_length` for every rank in turn."""
-    gathered = gathered.view(-1)
+    """Undo `_rows` for every rank in turn."""
+    gathered = gathered.view(-1).view(torch.uint8)
     buffers: list[Tensor] = []
     offset = 0
     while offset < gathered.numel():
@@ -110,7 +138,7 @@ def _cut(gathered: Tensor) -> list[Tensor]:
         if not 0 <= length <= gathered.numel() - start:
             raise WireError(len(buffers), "?", f"a length up to {gathered.numel() - start}", length)
         buffers.append(gathered[start : start + length])
-        offset = start + length + -length % _LENGTH_BYTES
+        offset = start + length + _padding(length)
     return buffers
 
 

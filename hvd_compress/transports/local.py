@@ -73,7 +73,7 @@ class _LocalPending(Pending):
     def ready(self) -> bool:
         return self._world.answered(self._name, self._rank)
 
-    def await_ready(self) -> None:
+    def await_ready(self, meanwhile: Callable[[], None] | None = None) -> None:
         if not self.ready():
             for rank, poll in self._world.polls.items():
                 if rank != self._rank:

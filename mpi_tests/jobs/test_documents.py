@@ -104,3 +104,9 @@ def test_documented_code_parses_and_imports_what_it_uses_of_this_package():
     assert blocks
     ended = start([sys.executable, "-c", RUN_EACH, *blocks]).end(60 * patience())
     assert ended.code == 0, str(ended)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(document):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []

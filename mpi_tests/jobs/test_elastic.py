@@ -61,16 +61,21 @@ def await_steps(job, size, after=0):
     return [line for line in said(job.output()) if line.what == "begin" and line.size == size]
 
 
+def start_elastic(directory, method):
+    """Two workers, and the hosts that they run on."""
+    hosts = Hosts(directory)
+    hosts.have(localhost=1)
+    command = command_of("horovod-gloo", 2, SCRIPTS / "elastic.py", "horovod", str(directory), method)
+    place = command.index("-H")
+    command[place : place + 2] = ["--min-np", "1", "--max-np", "4", "--host-discovery-script", str(hosts.script)]
+    return hosts, start(command)
+
+
 @pytest.fixture(scope="module")
 def history(tmp_path_factory):
     """What the workers say while they grow from 2 to 4, one of them is killed, and one is taken away."""
     directory = tmp_path_factory.mktemp("elastic")
-    hosts = Hosts(directory)
-    hosts.have(localhost=1)
-    command = command_of("horovod-gloo", 2, SCRIPTS / "elastic.py", "horovod", str(directory))
-    place = command.index("-H")
-    command[place : place + 2] = ["--min-np", "1", "--max-np", "4", "--host-discovery-script", str(hosts.script)]
-    job = start(command)
+    hosts, job = start_elastic(directory, "topk")
     try:
         await_steps(job, 2)
         hosts.have(localhost=3)
@@ -123,3 +128,34 @@ def test_training_goes_on_from_the_last_commit(history):
             assert line.step in (committed, committed - 1)  # a death may undo a step
         if line.what == "commit":
             committed = line.step
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory):
+    """What the workers of DGC say while they shrink from 2 to 1, which has a momentum all the same, and grow again."""
+    directory = tmp_path_factory.mktemp("lonely")
+    hosts, job = start_elastic(directory, "dgc")
+    try:
+        workers = await_steps(job, 2)
+        hosts.tell_to_die(next(worker.pid for worker in workers if worker.more == "127.0.0.1"))
+        await_steps(job, 1)
+        hosts.have(localhost=2)
+        await_steps(job, 2, after=1)
+        (directory / "stop").touch()
+    finally:
+        ended = job.end(30 * patience())
+    return ended
+
+
+def test_a_worker_that_is_left_alone_keeps_its_momentum(lonely):
+    assert lonely.code == 0, str(lonely)
+    steps = [line for line in said(lonely.output) if line.what == "step"]
+    assert {line.size for line in steps} == {1, 2}
+    assert {line.more for line in steps} == {"sound"}, str(lonely)
+    kept = {}
+    for line in said(lonely.output):
+        if line.what == "begin":
+            assert line.residuals == kept.get(line.pid, "none"), str(lonely)
+        if line.what == "commit":
+            assert line.residuals != kept.get(line.pid), str(lonely)
+            kept[line.pid] = line.residuals

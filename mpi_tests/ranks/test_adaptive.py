@@ -191,3 +191,23 @@ def test_accordion_as_the_reference(several: Job) -> None:
     assert training.rates[0] == [8, 8, 8]
     assert all(theirs == training.rates for theirs in job.allgather(training.rates))
     assert_replicated(job, training.of)
+
+
+@pytest.mark.parametrize("kind", ["qsgd", "powersgd"])
+def test_accordion_decides_alike_on_all_ranks_from_what_they_received(several: Job, kind: str) -> None:
+    job = several
+    low, high = {"qsgd": (8, 2), "powersgd": (4, 1)}[kind]
+
+    def make(named: NamedParameters) -> GradientCompression:
+        return Compression.accordion(BASES[kind](named), low, high, interval=INTERVAL)
+
+    training = Training(job, make)
+    received = [training.step(step) for step in range(2 * INTERVAL + 2)]
+    controller: Any = training.compression.controller
+    assert controller.number == 2
+    for name, norm in controller.state_dict()["norms"].items():
+        mean = torch.stack([received[step][name].double() for step in range(INTERVAL, 2 * INTERVAL)]).mean(0)
+        assert norm == pytest.approx(float(mean.norm()), rel=1e-5)
+    told = training.rates, controller.state_dict()
+    assert all(theirs == told for theirs in job.allgather(told))
+    assert_replicated(job, training.of)

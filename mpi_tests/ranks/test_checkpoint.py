@@ -68,7 +68,7 @@ def test_resumed_training_equals_uninterrupted_to_the_bit(job: Job, kind: str, g
     first.run(range(3))
     state = first.compression.gather_state_dict() if gathered else first.compression.state_dict()
     if gathered:  # as written by rank 0 and read by all
-        assert state["residuals"].keys() == set(range(job.size))
+        assert state["residuals"].keys() == (set(range(job.size)) if job.rank == 0 else {job.rank})
         state = job.allgather(state)[0]
     saved = through_file([copy(first.of), first.optimizer.state_dict(), state])
     uninterrupted = first.run(range(3, 6))
@@ -118,6 +118,39 @@ def test_another_number_of_ranks_takes_over_the_sum_of_residuals(several: Job, s
                 mine[name].view(of[name].shape) for mine in state["residuals"].values()
             )
     assert_close(grads(of), expected)
+
+
+@pytest.mark.parametrize("kind", ["topk", "dgc", "powersgd"])
+def test_any_rank_can_gather_and_the_others_get_their_own(job: Job, kind: str) -> None:
+    training = Training(job, kind)
+    training.run(range(3))
+    own = training.compression.state_dict()
+    everyone = job.allgather(own)
+    for root in {0, job.size - 1}:
+        state = training.compression.gather_state_dict(root)
+        assert {key: state[key] for key in ("step", "loss_scale", "size")} == {
+            "step": 3,
+            "loss_scale": None,
+            "size": job.size,
+        }
+        assert state["residuals"].keys() == (set(range(job.size)) if job.rank == root else {job.rank})
+        for rank, residuals_of in state["residuals"].items():
+            assert_equal(residuals_of, everyone[rank]["residuals"][rank])
+    with pytest.raises(ValueError, match=f"less than {job.size}: {job.size}"):
+        training.compression.gather_state_dict(job.size)
+
+
+def test_files_of_all_ranks_do_for_any_number_of_ranks(several: Job) -> None:
+    """Each rank of the first training has saved its own; each of the second reads all."""
+    job = several
+    whole = saved_by(5)
+    of_ranks = [through_file(whole | {"residuals": {rank: whole["residuals"][rank]}}) for rank in (3, 0, 4, 1, 2)]
+    trained = []
+    for state in (whole, of_ranks):
+        training = Training(job, "adacomp")
+        training.compression.load_state_dict(state)
+        trained.append(training.run(range(2)))
+    assert_equal(*trained)
 
 
 def test_one_ranks_state_does_not_do_for_another_number_of_ranks(several: Job) -> None:

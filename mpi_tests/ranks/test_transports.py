@@ -97,3 +97,19 @@ def test_objects_arrive_in_rank_order(job: Job, transport: Transport) -> None:
     said = transport.gather_objects("test.objects", {"rank": job.rank, "text": "é" * job.rank}).wait()
     assert said == [{"rank": rank, "text": "é" * rank} for rank in range(job.size)]
     assert transport.broadcast_object(f"from {job.rank}", root=job.size - 1) == f"from {job.size - 1}"
+
+
+def test_a_gather_beyond_what_horovod_can_count_is_an_error_with_the_remedy(
+    horovod: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hvd_compress.transports import horovod as module
+
+    transport = horovod.transport()
+    parts = [torch.full((1000,), horovod.rank, dtype=torch.uint8)]
+    monkeypatch.setattr(module, "MAX_ELEMENTS", 126 * horovod.size)  # 8 bytes of length, 1000, and no padding
+    gathered = transport.allgather("nearly too much", parts).wait()
+    assert [(buffer.numel(), int(buffer[0])) for buffer in gathered] == [(1000, rank) for rank in range(horovod.size)]
+    monkeypatch.setattr(module, "MAX_ELEMENTS", 126 * horovod.size - 1)
+    with pytest.raises(ValueError, match="more than Horovod can gather at once.*bucket_bytes="):
+        transport.allgather("too much", parts)
+    assert module.outstanding() == []

@@ -24,6 +24,8 @@ from hvd_compress.adaptive.plot import main as plot
 from hvd_compress.adaptive.policies import Statistics
 from hvd_compress.local import LocalRanks
 from hvd_compress.requests import sent_bytes
+from hvd_compress.transports.local import LocalTransport
+from hvd_compress.wire import WireError
 
 from .drive import bits, random
 
@@ -307,6 +309,26 @@ def test_bad_steps_leave_no_trace_in_the_plan():
     assert any(rate is not None for rate in rates(spoilt))
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [(0, 7.0, "number 1, found 7"), (1, 3.5, "'a': expected a rate"), (3, 1.0, "'bias'"), (2, math.nan, "'b'")],
+)
+def test_a_plan_that_rank_0_cannot_have_made_is_an_error_on_every_rank(place, value, says, monkeypatch):
+    real = LocalTransport.broadcast
+
+    def spoilt(self: LocalTransport, name: str, tensor: torch.Tensor, root: int) -> Any:
+        return real(self, name, tensor.index_fill(0, torch.tensor([place]), value), root)
+
+    ranks = world()
+    run(ranks, range(4))
+    monkeypatch.setattr(LocalTransport, "broadcast", spoilt)
+    known, plans = gradients(4), ranks.compressions
+    tickets = [compression.submit(0, known[rank]["a"]) for rank, compression in enumerate(plans)]
+    for rank, compression in enumerate(plans):
+        with pytest.raises(WireError, match=f"rank 0 for parameter .*{says}"):
+            compression.finish(tickets[rank], known[rank]["a"], average=True)
+
+
 def test_a_layer_without_gradient_keeps_the_rate_of_the_reference():
     ranks = world()
     for step in range(5):
@@ -412,6 +434,101 @@ def test_accordion_begins_with_low_compression_and_watches_norms():
     assert rates(ranks) == [2, 2, None, 2]
     run(ranks, range(9, 13), scale=5.0)
     assert rates(ranks) == [8, 8, None, 8]
+
+
+def accordion(**options: Any) -> LocalRanks:
+    options = {"interval": 4} | options
+    return LocalRanks([Compression.accordion(base("qsgd", bits=8), 8, 2, **options) for _ in range(2)])
+
+
+def norms_of(ranks: LocalRanks) -> dict[str, float]:
+    """The norms of the last decision; the same on all ranks."""
+    for compression in ranks.compressions:
+        compression.settle()
+    first, *others = [compression.progress[2]["norms"] for compression in ranks.compressions]
+    assert all(other == first for other in others)
+    return first
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({}, range(4, 8)),
+        ({"window": 2}, range(6, 8)),
+        ({"warmup_steps": 3}, range(3, 7)),
+        ({"warmup_steps": 7}, range(7)),
+    ],
+    ids=str,
+)
+def test_accordions_norm_is_that_of_the_mean_of_what_was_received_in_the_interval(options, counted):
+    ranks = accordion(**options)
+    received = [ranks.exchange(gradients(step, 2))[0] for step in range(10)]
+    for name, norm in norms_of(ranks).items():
+        mean = torch.stack([received[step][name].double() for step in counted]).mean(0)
+        assert norm == pytest.approx(float(mean.norm()), rel=1e-5)
+
+
+def test_accordion_looks_at_what_ranks_have_in_common():
+    """Gradients that grow and cancel say nothing, whatever their norms on a rank are."""
+    ranks = accordion()
+    for step in range(9):
+        common, own = gradients(0, 1)[0], gradients(step, 1, scale=10.0 if step >= 4 else 0.1)[0]
+        ranks.exchange([{name: common[name] + sign * own[name] for name in SHAPES} for sign in (1, -1)])
+    assert rates(ranks) == [2, 2, None, 2]
+
+
+def test_accordions_norms_are_without_the_loss_scale():
+    plain, scaled = accordion(), accordion()
+    run(plain, range(6))
+    for step in range(6):
+        for compression in scaled.compressions:
+            compression.loss_scale = 2.0**step
+        scaled.exchange(gradients(step, 2, scale=2.0**step))
+    assert norms_of(scaled) == pytest.approx(norms_of(plain), rel=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_left_out_of_accordions_mean():
+    ranks = accordion()
+    received = []
+    for step in range(6):
+        mine = gradients(step, 2)
+        if step == 1:
+            mine[1]["a"][0, 0] = math.inf
+        received.append(ranks.exchange(mine)[0])
+    mean = torch.stack([received[step]["a"].double() for step in (0, 2, 3)]).mean(0)
+    assert norms_of(ranks)["a"] == pytest.approx(float(mean.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("saved_at", [6, 8])
+def test_other_ranks_take_over_accordions_sums_as_they_are(size, saved_at):
+    first = accordion()
+    received = [first.exchange(gradients(step, 2))[0] for step in range(saved_at)]
+    states = [compression.state_dict() for compression in first.compressions]
+    merged = states[0] | {
+        kind: {rank: state[kind][rank] for rank, state in enumerate(states)} for kind in ("residuals", "accumulated")
+    }
+    resumed = LocalRanks([Compression.accordion(base("qsgd", bits=8), 8, 2, interval=4) for _ in range(size)])
+    for compression in resumed.compressions:
+        compression.load_state_dict(through_file(merged))
+    received += [resumed.exchange(gradients(step, size))[0] for step in range(saved_at, 10)]
+    for name, norm in norms_of(resumed).items():
+        mean = torch.stack([received[step][name].double() for step in range(4, 8)]).mean(0)
+        assert norm == pytest.approx(float(mean.norm()), rel=1e-5)
+
+
+def test_norms_of_an_earlier_version_are_not_compared():
+    """They were of each rank's own gradients, in a window."""
+    first, resumed = accordion(), accordion()
+    run(first, range(6))
+    for compression, state in zip(resumed.compressions, [c.state_dict() for c in first.compressions]):
+        del state["adaptive"]["norms_of"]
+        rank = compression.rank
+        state["accumulated"][rank] = {"a:gradient": torch.ones(3000)}
+        compression.load_state_dict(state)
+    run(resumed, range(6, 9))
+    assert rates(resumed) == [8, 8, None, 8]  # nothing to compare with
+    assert not any(":gradient" in name for name in resumed.compressions[0].controller.accumulated)
 
 
 def test_accordion_resumes_with_its_norms():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
 import torch
 
-from hvd_compress.binding import Binding, parameters_of_optimizer
+from hvd_compress.binding import Binding, calling_optimizer, parameters_of_optimizer
 from hvd_compress.compressors import BF16Compressor, FP16Compressor, NoneCompressor, TopKCompressor
 from hvd_compress.gradient_compression import GradientCompression
 from hvd_compress.memory import ErrorFeedback
@@ -160,17 +161,45 @@ def test_a_parameter_in_place_of_a_gradient_points_to_adasum(trained):
         trained.identify(trained.parameters[0])
 
 
+class Caller(torch.optim.SGD):
+    """As Horovod's: it holds the compression, and calls it from one of its methods."""
+
+    def __init__(self, parameters, compression):
+        super().__init__(parameters, lr=0.1)
+        self._compression = compression
+
+    def call(self, function):
+        return function()
+
+
+def two_layers():
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+
 def test_the_parameters_of_an_unbound_compression_are_its_optimizers():
     compression = GradientCompression(BF16Compressor())
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    groups = [{"params": module.parameters()} for module in model]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    optimizer._compression = compression
-    found = list(parameters_of_optimizer(compression))
+    model = two_layers()
+    optimizer = Caller([{"params": module.parameters()} for module in model], compression)
+    found = list(parameters_of_optimizer(optimizer.call(lambda: calling_optimizer(compression))))
     assert [name for name, _ in found] == ["0.0", "0.1", "1.0", "1.1"]
     assert all(a is b for (_, a), b in zip(found, model.parameters()))
 
 
-def test_a_compression_without_an_optimizer_says_what_to_do():
+def test_of_several_optimizers_with_a_compression_the_calling_one_is_found_even_when_frozen():
+    compression = GradientCompression(BF16Compressor())
+    optimizers = [Caller(two_layers().parameters(), compression) for _ in range(3)]
+    gc.freeze()
+    try:
+        found = [optimizer.call(lambda: calling_optimizer(compression)) for optimizer in optimizers]
+    finally:
+        gc.unfreeze()
+    assert all(a is b for a, b in zip(found, optimizers))
+
+
+def test_a_compression_that_no_optimizer_calls_says_what_to_do():
+    compression = GradientCompression(BF16Compressor())
+    other = Caller(two_layers().parameters(), GradientCompression(BF16Compressor()))
+    assert calling_optimizer(compression) is None
+    assert other.call(lambda: calling_optimizer(compression)) is None
     with pytest.raises(ValueError, match=r"call it with model.named_parameters\(\)"):
-        parameters_of_optimizer(GradientCompression(BF16Compressor()))
+        compression.binding  # noqa: B018

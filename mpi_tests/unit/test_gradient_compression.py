@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_compress import Compression, GradientCompression, fingerprint
+from hvd_compress import Compression, GradientCompression, fingerprint, gradient_compression
 from hvd_compress.transports.local import LocalTransport, LocalWorld
 
 from .drive import EVERY, SIZES, bits, run
@@ -205,3 +205,22 @@ def test_sparse_tensors_come_without_context(monkeypatch):
     ranks.step()
     tensor = torch.sparse_coo_tensor([[1]], torch.ones(1, 3), (4, 3), check_invariants=True)
     assert ranks.compressions[0].decompress(tensor, None) is tensor
+
+
+def added_up_one_by_one(values: torch.Tensor) -> torch.Tensor:
+    """As the slowest of reductions adds them: float16 [ranks, n] to [n], rounded after each."""
+    total = torch.zeros_like(values[0])
+    for value in values:
+        total = total + value
+    return total
+
+
+@pytest.mark.parametrize("size", [2, 64, 679, 680, 1500, 2048, 4000])
+def test_half_precision_carriers_are_understood_at_any_number_of_ranks(size, monkeypatch):
+    compression = Compression.topk([("w", torch.nn.Parameter(torch.zeros(40, 50)))])
+    marks = [gradient_compression._mark(rank) for rank in range(size)]
+    monkeypatch.setattr(type(compression), "size", size)
+    compression._mean_mark = sum(marks) / size
+    total = added_up_one_by_one(torch.tensor([[1.0, mark] for mark in marks], dtype=torch.float16))
+    assert not compression._is_average(total)
+    assert compression._is_average(total / size)

@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 
+from hvd_compress.compressors import Slot
 from hvd_compress.compressors.scalecom import ScaleComCompressor, saves
 from hvd_compress.local import LocalRanks
+from hvd_compress.memory import ErrorFeedback
 from hvd_compress.requests import Allreduce, Broadcast
 from hvd_compress.schedules import Steps
+from hvd_compress.wire import WireError
 
 from .drive import bits, bound, random, run
 from .test_contract import LAYOUTS, TENSORS, ranks_of
@@ -163,6 +166,48 @@ def test_requests_are_a_broadcast_of_positions_and_a_sum_of_values():
     assert isinstance(request, Allreduce)
     assert request.tensor.shape == (13,)
     assert request.tensor[-1] == 0
+
+
+SPOILT = {
+    "repeated": lambda p: p.index_copy(0, torch.tensor([3]), p[2:3]),
+    "descending": lambda p: p.flip(0),
+    "negative": lambda p: p.index_fill(0, torch.tensor([0]), -1),
+    "too large": lambda p: p.index_fill(0, torch.tensor([len(p) - 1]), 1200),
+    "out of order inside": lambda p: p.index_copy(0, torch.tensor([4, 5]), p[[5, 4]]),
+}
+
+
+@pytest.mark.parametrize("victims", [(0, 1, 2), (1,), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("compressor", [COMPRESSORS["exact"], COMPRESSORS["chunks"]], ids=["exact", "chunks"])
+def test_positions_that_cannot_be_are_an_error_on_every_rank_that_names_the_leader(compressor, how, victims):
+    """Even where only some ranks got them: else these would fail, and the others wait for them for ever."""
+    memories = [ErrorFeedback() for _ in range(3)]
+    slots = [Slot("layer.w", 0, torch.Size([30, 40]), r, 3, step=4, memory=memories[r]) for r in range(3)]
+    exchanges = [compressor.exchange(slot, random(30, 40, seed=slot.rank)) for slot in slots]
+    positions = [next(exchange) for exchange in exchanges][1].tensor
+    answers = [SPOILT[how](positions) if r in victims else positions.clone() for r in range(3)]
+    values = [exchange.send(answer).tensor for exchange, answer in zip(exchanges, answers)]
+    for exchange in exchanges:
+        with pytest.raises(WireError, match=r"rank 1 for .* 'layer\.w': expected \d+ ascending positions") as caught:
+            exchange.send(sum(values))
+        assert caught.value.peer == 1
+    for memory in memories:
+        memory.commit()
+        assert memory.residuals == {}
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 4097])
+def test_flags_of_all_ranks_do_not_add_up_to_the_wrong_one(size):
+    slot = Slot("w", 0, torch.Size([30, 40]), 0, size, step=0)
+    gradient = random(30, 40)
+    gradient[0, 0] = math.nan
+    exchange = COMPRESSORS["exact"].exchange(slot, gradient)
+    positions = next(exchange).tensor
+    sent = exchange.send(positions).tensor
+    with pytest.raises(StopIteration) as end:
+        exchange.send(sent * size)  # no rank has a finite gradient, all have positions
+    assert end.value.value is None
 
 
 @every

@@ -148,8 +148,9 @@ HC_API int64_t hc_prune_encode(
 }
 
 HC_API int hc_prune_sum(
-    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out) {
-    return level->prune_sum(payloads, lengths, ranks, numel, divisor, out);
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
+    int32_t* largest) {
+    return level->prune_sum(payloads, lengths, ranks, numel, divisor, out, largest);
 }
 
 HC_API uint64_t hc_prune_dense(

@@ -1,8 +1,8 @@
 // bfloat16 on the wire: rounding to it, and the sum of what several ranks sent.
 #pragma once
 
+#include "blocks.hpp"
 #include "load.hpp"
-#include "quotient.hpp"
 
 namespace HC_LEVEL {
 
@@ -33,16 +33,39 @@ template <class T> int bfloat_encode(const T* x, size_t numel, uint8_t* out) {
 // Adds up what the ranks sent. Returns the largest magnitude as bits.
 template <bool STREAMED>
 int32_t bfloat_sum_as(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
-    Quotients<STREAMED> quotients(out, numel, divisor);
-    for (size_t i = 0; i < numel; i += LANES) {
-        F8 total = fset(0);
-        for (int r = 0; r < ranks; r++) {
-            const BFloat* values = reinterpret_cast<const BFloat*>(payloads[r]) + i;
-            total = total + (numel - i >= LANES ? load(values) : load(values, numel - i));
+    constexpr size_t ROWS = CACHE_LINE / sizeof(BFloat) / LANES;  // whose values fill a line
+    const auto add = [&](auto count, Place place, size_t rows, auto from, auto to) HC_INLINE {
+        constexpr int COUNT = decltype(count)::value;
+        const Place next = place.after(COUNT, ranks);
+        const BFloat* values[GROUP];
+        for (int r = 0; r < COUNT; r++) {
+            values[r] = reinterpret_cast<const BFloat*>(payloads[place.rank + r]) + place.start;
         }
-        quotients.put(i, total);
-    }
-    return quotients.end();
+        const size_t full = (numel - place.start) / LANES;  // rows with eight elements, `rows` and more
+        size_t row = 0;
+        for (; row + ROWS <= rows && row + ROWS <= full; row += ROWS) {
+            for (int r = 0; r < COUNT && next.rank + r < ranks; r++) {
+                prefetch(payloads[next.rank + r] + sizeof(BFloat) * (next.start + row * LANES));
+            }
+            for (size_t k = row; k < row + ROWS; k++) {
+                F8 total = from(k);
+                for (int r = 0; r < COUNT; r++) {
+                    total = total + load(values[r] + k * LANES);
+                }
+                to(k, total);
+            }
+        }
+        for (; row < rows; row++) {
+            const size_t left = numel - place.start - row * LANES;
+            F8 total = from(row);
+            for (int r = 0; r < COUNT; r++) {
+                const BFloat* const eight = values[r] + row * LANES;
+                total = total + (left >= LANES ? load(eight) : load(eight, left));
+            }
+            to(row, total);
+        }
+    };
+    return sum_groups<STREAMED>(ranks, numel, divisor, out, add);
 }
 
 inline int32_t bfloat_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {

@@ -65,11 +65,10 @@ inline size_t compact(int32_t* out, I8 a, int mask) {
 // The same to an address of any alignment.
 inline size_t compact_bytes(uint8_t* out, F8 a, int mask) { return compact(reinterpret_cast<float*>(out), a, mask); }
 
-// The `count` values at `packed` (of any alignment), each in the next lane that the mask names.
-inline F8 expand(const void* packed, int mask, size_t count) {
-    float values[LANES] = {};
-    std::memcpy(values, packed, count * sizeof(float));
-    return lookup(fload(values), nibbles(PERMUTATIONS.expanding[mask]));
+// The values at `packed`, of any alignment, each in the next lane that the mask names; any in the others. Eight are
+// read.
+inline F8 expand(const uint8_t* packed, int mask) {
+    return lookup(fload(reinterpret_cast<const float*>(packed)), nibbles(PERMUTATIONS.expanding[mask]));
 }
 
 #else
@@ -104,13 +103,11 @@ inline size_t compact_bytes(uint8_t* out, F8 a, int mask) {
     std::memcpy(out, eight, count * sizeof(float));
     return count;
 }
-inline F8 expand(const void* packed, int mask, size_t) {
-    F8 r = fset(0);
-    size_t next = 0;
+inline F8 expand(const uint8_t* packed, int mask) {
+    F8 r;
     for (int lane = 0; lane < LANES; lane++) {
-        if (mask >> lane & 1) {
-            std::memcpy(&r.v[lane], static_cast<const char*>(packed) + 4 * next++, 4);
-        }
+        std::memcpy(&r.v[lane], packed, 4);
+        packed += 4 * (mask >> lane & 1);
     }
     return r;
 }

@@ -4,7 +4,8 @@
 #include "adacomp.hpp"
 #include "cast.hpp"
 #include "prune.hpp"
-#include "quantise.hpp"
+#include "prune_sum.hpp"
+#include "quantise_sum.hpp"
 #include "solver.hpp"
 #include "ternary.hpp"
 #include "topk.hpp"
@@ -136,9 +137,10 @@ int64_t prune_encode_(
 }
 
 int prune_sum_(
-    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out) {
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
+    int32_t* largest) {
     void* const room = scratch(prune_sum_scratch_bytes(ranks));
-    return room ? prune_sum(payloads, lengths, ranks, numel, divisor, out, room) : NO_MEMORY;
+    return room ? prune_sum(payloads, lengths, ranks, numel, divisor, out, largest, room) : NO_MEMORY;
 }
 
 uint64_t prune_dense_(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum) {

@@ -40,7 +40,8 @@ struct Level {
     int64_t (*prune_encode)(
         const void* x, int type, size_t numel, float threshold, uint64_t key, uint8_t* codes, size_t capacity);
     int (*prune_sum)(
-        const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out);
+        const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
+        int32_t* largest);
     uint64_t (*prune_dense)(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum);
     int (*bfloat_encode)(const void* x, int type, size_t numel, uint8_t* out);
     int32_t (*bfloat_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);

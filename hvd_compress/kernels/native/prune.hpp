@@ -68,8 +68,6 @@ Pruned prune_dense_as(const float* x, size_t numel, float threshold, uint64_t ke
     return result;
 }
 
-inline size_t ternary_code_bytes(size_t numel) { return (numel + TERNARY_BLOCK - 1) / TERNARY_BLOCK * (TERNARY_BLOCK / 4); }
-
 // Codes of 128 elements, or of the `present` that are left: 0; 1 and 2, plus and minus the threshold; 3, sent as it is.
 // These go to `exact`, which has room for all and eight more; their number is returned.
 template <class T, class U>
@@ -138,83 +136,6 @@ template <class T>
 int64_t prune_encode(const T* x, size_t numel, float threshold, uint64_t key, uint8_t* codes, size_t capacity) {
     return (is_normal(threshold) ? prune_encode_as<true, T> : prune_encode_as<false, T>)(
         x, numel, threshold, key, codes, capacity);
-}
-
-struct PrunedReader {
-    F8 table;
-    const uint8_t *codes, *values, *end;
-
-    // Adds the next `present` <= 128 elements to `out`. Returns whether there were values enough.
-    bool add(float* out, size_t present) {
-        const I8 words = iload(codes);
-        codes += TERNARY_BLOCK / 4;
-        for (size_t i = 0; i < present; i += LANES) {
-            const I8 code = shr(words, static_cast<int>(i / LANES * 2)) & iset(3);
-            const size_t lanes = present - i < LANES ? present - i : LANES;
-            const Mask exact = igreater(code, iset(2));
-            const int mask = bits(exact) & ((1 << lanes) - 1);
-            F8 value = lookup(table, code);
-            if (mask) {
-                const size_t count = static_cast<size_t>(__builtin_popcount(static_cast<unsigned>(mask)));
-                if (static_cast<size_t>(end - values) < 4 * count) {
-                    return false;
-                }
-                value = select(exact, expand(values, mask, count), value);
-                values += 4 * count;
-            }
-            if (lanes == LANES) {
-                fstore(out + i, fload(out + i) + value);
-            } else {
-                float eight[LANES] = {};
-                std::memcpy(eight, out + i, lanes * sizeof(float));
-                fstore(eight, fload(eight) + value);
-                std::memcpy(out + i, eight, lanes * sizeof(float));
-            }
-        }
-        return true;
-    }
-};
-
-inline size_t prune_sum_scratch_bytes(int ranks) { return static_cast<size_t>(ranks) * sizeof(PrunedReader) + 32; }
-
-// out = (0 + payload of rank 0 + ...) / divisor. A payload is a threshold, codes and values. Returns 0, or -(rank + 1) for
-// the first rank with a threshold that is none, or with more or fewer values than its codes say.
-inline int prune_sum(
-    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
-    void* scratch) {
-    PrunedReader* readers = static_cast<PrunedReader*>(scratch);
-    const size_t start = 4 + ternary_code_bytes(numel);
-    int bad = ranks;
-    for (int r = 0; r < ranks; r++) {
-        float t;
-        if (lengths[r] < start || (std::memcpy(&t, payloads[r], 4), !(t >= 0) || as_int(t) >= INFINITY_BITS)) {
-            bad = r;
-            break;
-        }
-        const float entries[LANES] = {0, t, -t, 0, 0, t, -t, 0};
-        readers[r] = {fload(entries), payloads[r] + 4, payloads[r] + start, payloads[r] + lengths[r]};
-    }
-    const int whole = bad;
-    for (size_t i = 0; i < numel; i += TERNARY_BLOCK) {
-        const size_t present = numel - i < TERNARY_BLOCK ? numel - i : TERNARY_BLOCK;
-        std::memset(out + i, 0, present * sizeof(float));
-        for (int r = 0; r < whole; r++) {
-            if (!readers[r].add(out + i, present)) {
-                bad = r < bad ? r : bad;
-            }
-        }
-        if (divisor != 1) {
-            for (size_t j = 0; j < present; j++) {
-                out[i + j] /= divisor;
-            }
-        }
-    }
-    for (int r = 0; r < bad; r++) {
-        if (readers[r].values != readers[r].end) {
-            bad = r;
-        }
-    }
-    return bad < ranks ? -(bad + 1) : 0;
 }
 
 }  // namespace HC_LEVEL

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "load.hpp"
-#include "quotient.hpp"
 #include "random.hpp"
 #include "ternary.hpp"
 
@@ -130,65 +129,6 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
         }
     }
     return 0;
-}
-
-// Adds up what the ranks sent: payloads of norms and codes. A code that encode never writes becomes NaN. Returns the
-// largest magnitude as bits.
-template <int BITS, bool STREAMED>
-int32_t quantise_sum_as(
-    const uint8_t* const* payloads, int ranks, size_t numel, size_t bucket, float divisor, float* out) {
-    const size_t buckets = (numel + bucket - 1) / bucket;
-    const I8 levels = iset(BITS == 1 ? 0 : levels_of(BITS)), most = levels + levels, all = iset((1 << BITS) - 1);
-    const F8 invalid = fset(__builtin_nanf(""));
-    Quotients<STREAMED> quotients(out, numel, divisor);
-    for (size_t i = 0; i < numel; i += QUANTISED_BLOCK) {
-        F8 totals[BLOCK_ROWS];
-        const size_t count = numel - i < QUANTISED_BLOCK ? numel - i : QUANTISED_BLOCK;
-        const size_t rows = (count + LANES - 1) / LANES;
-        for (int r = 0; r < ranks; r++) {
-            const uint8_t* codes = payloads[r] + 4 * buckets + i / 8 * BITS;
-            float units[BLOCK_ROWS] = {};
-            for (size_t row = 0; row < rows;) {
-                const size_t start = i + row * LANES;
-                float norm;
-                std::memcpy(&norm, payloads[r] + 4 * (start / bucket), 4);
-                const float unit = norm / levels_of(BITS);
-                for (const size_t end = bucket_end(start, bucket, row, rows); row < end; row++) {
-                    units[row] = unit;
-                }
-            }
-            I8 words[BITS];
-            for (int w = 0; w < BITS; w++) {
-                words[w] = iload(codes + w * 32);
-            }
-            HC_UNROLL(32)
-            for (int row = 0; row < BLOCK_ROWS; row++) {
-                const int bit = row * BITS, word = bit / 32, offset = bit % 32;
-                I8 code = shr(words[word], offset);
-                if (offset + BITS > 32) {
-                    code = code | shl(words[word + 1], 32 - offset);
-                }
-                code = code & all;
-                const I8 level = BITS == 1 ? code + code - iset(1) : code - levels;
-                F8 value = to_float(level) * fset(units[row]);
-                if (BITS > 1) {
-                    value = select(igreater(code, most), invalid, value);
-                }
-                totals[row] = (r ? totals[row] : fset(0)) + value;
-            }
-        }
-        for (size_t row = 0; row < rows; row++) {
-            quotients.put(i + row * LANES, totals[row]);
-        }
-    }
-    return quotients.end();
-}
-
-template <int BITS>
-int32_t quantise_sum_as(
-    const uint8_t* const* payloads, int ranks, size_t numel, size_t bucket, float divisor, float* out) {
-    const auto sum = can_stream(out, numel) ? quantise_sum_as<BITS, true> : quantise_sum_as<BITS, false>;
-    return sum(payloads, ranks, numel, bucket, divisor, out);
 }
 
 }  // namespace HC_LEVEL

@@ -2,13 +2,17 @@
 // Layout of the codes: kernels/ternary.py.
 #pragma once
 
+#include "blocks.hpp"
 #include "load.hpp"
-#include "quotient.hpp"
 #include "random.hpp"
 
 namespace HC_LEVEL {
 
 constexpr size_t TERNARY_BLOCK = 128;  // elements in eight words
+
+inline size_t ternary_code_bytes(size_t numel) {
+    return (numel + TERNARY_BLOCK - 1) / TERNARY_BLOCK * (TERNARY_BLOCK / 4);
+}
 
 // Largest |x| as bits, and the sums of x - shift and (x - shift)^2 in float64.
 struct Moments {
@@ -147,60 +151,49 @@ void ternary_encode(const T* x, size_t numel, float bound, float scaler, uint64_
     (is_normal(scaler) ? ternary_encode_as<true, T> : ternary_encode_as<false, T>)(x, numel, bound, scaler, key, codes);
 }
 
-constexpr int FEW_RANKS = 4;
-
-// Sum over `ranks` of scaler * code, in rank order, divided by `divisor`. RANKS is `ranks` where that is known, or 0.
-template <int RANKS, bool STREAMED>
-int32_t ternary_sum(
-    const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
-    const int count = RANKS ? RANKS : ranks;
-    Quotients<STREAMED> quotients(out, numel, divisor);
-    F8 few[FEW_RANKS];
-    for (int r = 0; r < (RANKS ? RANKS : 0); r++) {
-        const float s = scalers[r], entries[LANES] = {0, s, -s, __builtin_nanf(""), 0, s, -s, __builtin_nanf("")};
-        few[r] = fload(entries);
-    }
-    for (size_t i = 0; i < numel; i += TERNARY_BLOCK) {
-        I8 words[FEW_RANKS];
-        for (int r = 0; r < (RANKS ? RANKS : 0); r++) {
-            words[r] = iload(codes[r] + i / 4);
-        }
-        const size_t rows = numel - i >= TERNARY_BLOCK ? 16 : (numel - i + LANES - 1) / LANES;
-        for (size_t row = 0; row < rows; row++) {
-            F8 total = fset(0);
-            for (int r = 0; r < count; r++) {
-                if (RANKS) {  // the table repeats itself: the bit above a code does not matter
-                    total = total + lookup(few[r], words[r]);
-                    words[r] = shr<2>(words[r]);
-                } else {
-                    const float s = scalers[r];
-                    const float entries[LANES] = {0, s, -s, __builtin_nanf(""), 0, s, -s, __builtin_nanf("")};
-                    const I8 word = shr(iload(codes[r] + i / 4), static_cast<int>(2 * row));
-                    total = total + lookup(fload(entries), word);
-                }
-            }
-            quotients.put(i + row * LANES, total);
-        }
-    }
-    return quotients.end();
+// What each code stands for, twice: the bit above a code does not matter to `lookup`.
+inline F8 ternary_table(float scaler) {
+    const float entries[LANES] = {0, scaler, -scaler, __builtin_nanf(""), 0, scaler, -scaler, __builtin_nanf("")};
+    return fload(entries);
 }
 
-template <int RANKS>
-int32_t ternary_sum(
+// Sum over `ranks` of scaler * code, in rank order, divided by `divisor`.
+template <bool STREAMED>
+int32_t ternary_sum_as(
     const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
-    const auto sum = can_stream(out, numel) ? ternary_sum<RANKS, true> : ternary_sum<RANKS, false>;
-    return sum(codes, scalers, ranks, numel, divisor, out);
+    constexpr size_t ROWS = TERNARY_BLOCK / LANES;
+    const auto add = [&](auto count, Place place, size_t rows, auto from, auto to) HC_INLINE {
+        constexpr int COUNT = decltype(count)::value;
+        const Place next = place.after(COUNT, ranks);
+        F8 tables[GROUP];
+        I8 words[GROUP];
+        for (int r = 0; r < COUNT; r++) {
+            tables[r] = ternary_table(scalers[place.rank + r]);
+        }
+        for (size_t block = 0; block < rows; block += ROWS) {
+            for (int r = 0; r < COUNT; r++) {
+                words[r] = iload(codes[place.rank + r] + (place.start + block * LANES) / 4);
+                if (next.rank + r < ranks) {
+                    prefetch(codes[next.rank + r] + (next.start + block * LANES) / 4);
+                }
+            }
+            for (size_t row = block; row < rows && row < block + ROWS; row++) {
+                F8 total = from(row);
+                for (int r = 0; r < COUNT; r++) {
+                    total = total + lookup4(tables[r], words[r]);
+                    words[r] = shr<2>(words[r]);
+                }
+                to(row, total);
+            }
+        }
+    };
+    return sum_groups<STREAMED>(ranks, numel, divisor, out, add);
 }
 
 inline int32_t ternary_sum(
     const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
-    switch (ranks) {
-        case 1: return ternary_sum<1>(codes, scalers, ranks, numel, divisor, out);
-        case 2: return ternary_sum<2>(codes, scalers, ranks, numel, divisor, out);
-        case 3: return ternary_sum<3>(codes, scalers, ranks, numel, divisor, out);
-        case 4: return ternary_sum<4>(codes, scalers, ranks, numel, divisor, out);
-        default: return ternary_sum<0>(codes, scalers, ranks, numel, divisor, out);
-    }
+    const auto sum = can_stream(out, numel) ? ternary_sum_as<true> : ternary_sum_as<false>;
+    return sum(codes, scalers, ranks, numel, divisor, out);
 }
 
 }  // namespace HC_LEVEL

@@ -69,10 +69,8 @@ inline F8 operator-(F8 a, F8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F8 operator*(F8 a, F8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F8 operator/(F8 a, F8 b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F8 fmin(F8 a, F8 b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline F8 fmax(F8 a, F8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F8 ffloor(F8 a) { return {_mm256_floor_ps(a.v)}; }
 inline Mask fless(F8 a, F8 b) { return {_mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
-inline Mask fatleast(F8 a, F8 b) { return {_mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))}; }
 inline I8 as_int(F8 a) { return {_mm256_castps_si256(a.v)}; }
 inline F8 as_float(I8 a) { return {_mm256_castsi256_ps(a.v)}; }
 inline F8 to_float(I8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
@@ -81,7 +79,13 @@ inline int bits(Mask m) { return _mm256_movemask_ps(_mm256_castsi256_ps(m.v)); }
 inline I8 by_sign(F8 x, I8 positive, I8 negative) {
     return as_int(F8{_mm256_blendv_ps(as_float(positive).v, as_float(negative).v, x.v)});
 }
+constexpr bool FAST_LOOKUPS = true;
 inline F8 lookup(F8 table, I8 index) { return {_mm256_permutevar8x32_ps(table.v, index.v)}; }  // by index % 8
+// By index % 4, of a table of four that is there twice.
+inline F8 lookup4(F8 table, I8 index) { return {_mm256_permutevar_ps(table.v, index.v)}; }
+
+inline F8 select(Mask m, F8 yes, F8 no) { return {_mm256_blendv_ps(no.v, yes.v, as_float(m).v)}; }
+inline I8 select(Mask m, I8 yes, I8 no) { return as_int(select(m, as_float(yes), as_float(no))); }
 
 inline int32_t top(I8 a) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
@@ -172,10 +176,8 @@ inline F8 operator-(F8 a, F8 b) { F8 r; HC_EACH(a.v[i] - b.v[i]) }
 inline F8 operator*(F8 a, F8 b) { F8 r; HC_EACH(a.v[i] * b.v[i]) }
 inline F8 operator/(F8 a, F8 b) { F8 r; HC_EACH(a.v[i] / b.v[i]) }
 inline F8 fmin(F8 a, F8 b) { F8 r; HC_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
-inline F8 fmax(F8 a, F8 b) { F8 r; HC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
 inline F8 ffloor(F8 a) { F8 r; HC_EACH(__builtin_floorf(a.v[i])) }
 inline Mask fless(F8 a, F8 b) { I8 r; HC_EACH(-HC_S(a.v[i] < b.v[i])) }
-inline Mask fatleast(F8 a, F8 b) { I8 r; HC_EACH(-HC_S(a.v[i] >= b.v[i])) }
 inline I8 as_int(F8 a) {
     I8 r;
     std::memcpy(r.v, a.v, sizeof r.v);
@@ -200,7 +202,12 @@ inline I8 by_sign(F8 x, I8 positive, I8 negative) {
     I8 r;
     HC_EACH(sign.v[i] < 0 ? negative.v[i] : positive.v[i])
 }
+constexpr bool FAST_LOOKUPS = false;  // they go lane by lane
 inline F8 lookup(F8 table, I8 index) { F8 r; HC_EACH(table.v[index.v[i] & 7]) }
+inline F8 lookup4(F8 table, I8 index) { F8 r; HC_EACH(table.v[index.v[i] & 3]) }
+
+inline I8 select(Mask m, I8 yes, I8 no) { return no ^ (m & (yes ^ no)); }
+inline F8 select(Mask m, F8 yes, F8 no) { return as_float(select(m, as_int(yes), as_int(no))); }
 
 inline int32_t top(I8 a) {
     int32_t r = a.v[0];
@@ -231,8 +238,6 @@ inline void fence() {}
 
 inline F8 fabs8(F8 a) { return as_float(as_int(a) & iset(0x7fffffff)); }
 inline I8 magnitude_bits(F8 a) { return as_int(a) & iset(0x7fffffff); }
-inline I8 select(Mask m, I8 yes, I8 no) { return no ^ (m & (yes ^ no)); }
-inline F8 select(Mask m, F8 yes, F8 no) { return as_float(select(m, as_int(yes), as_int(no))); }
 
 inline float as_float(int32_t bits) {
     float x;

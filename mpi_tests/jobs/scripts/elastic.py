@@ -1,6 +1,7 @@
 """Trains under elastic Horovod until told to stop; says at every step what the test compares over ranks and resets.
 
-The argument is a directory: the file `stop` in it ends the training, the file `die` names a worker that kills itself.
+Arguments: a directory, where the file `stop` ends the training, and the file `die` names a worker that kills itself;
+and a method of compression.
 """
 
 import hashlib
@@ -14,11 +15,15 @@ from backend import ARGUMENTS, digest, hvd, small_model
 
 from hvd_compress import Compression, elastic
 
-directory = Path(*ARGUMENTS)
+directory, method = Path(ARGUMENTS[0]), ARGUMENTS[1]
+MOMENTUM = {"topk": 0.0, "dgc": 0.5}[method]  # of the compression, in place of the optimizer's
 model = small_model()
-compression = Compression.topk(model.named_parameters(), density=0.1)
+if method == "dgc":
+    compression = Compression.dgc(model.named_parameters(), density=0.1, momentum=MOMENTUM)
+else:
+    compression = Compression.topk(model.named_parameters(), density=0.1)
 optimizer = hvd.DistributedOptimizer(
-    torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+    torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0 if MOMENTUM else 0.9),
     named_parameters=model.named_parameters(),
     compression=compression,
 )
@@ -40,15 +45,20 @@ def say(what, *more):
 
 
 def everything_is_sent_or_kept(before, after):
-    """Gradients and residuals of all ranks together: what came in is what went out, whatever the number of ranks."""
-    for name in after:
-        old = before.get(name, torch.zeros_like(after[name]))
+    """Gradients and residuals of all ranks together: what came in is what went out, whatever the number of ranks.
+
+    With a momentum of the compression, what comes is the gradient and that part of the momentum.
+    """
+    names = [name for name in after if name in gradients]
+    for name in names:
+        nothing = torch.zeros_like(after[name])
+        old = before.get(name, nothing) + MOMENTUM * before.get(f"{name}/momentum", nothing)
         came = hvd.allreduce(gradients[name].reshape(-1) + old, op=hvd.Sum, name=f"came.{name}")
         kept = hvd.allreduce(after[name], op=hvd.Sum, name=f"kept.{name}")
         sent = model.get_parameter(name).grad.reshape(-1) * hvd.size()
         if not torch.allclose(came, kept + sent, atol=1e-5):
             return False
-    return len(after) > 0
+    return len(names) > 0
 
 
 @hvd.elastic.run
