@@ -1,6 +1,8 @@
 # Every target that needs .venv builds it first; a set-up that is already done costs a fraction of a second.
 RANKS ?= 2
 ARGS ?=
+TIMES ?= 5
+PART ?=
 
 # Taken by scripts/setup; what is not given stays as the last set-up had it.
 export MPI TORCH PYTHON
@@ -8,13 +10,14 @@ export MPI TORCH PYTHON
 run := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-native wheel format clean distclean
+.PHONY: help setup demo test test-repeat test-long check check-native wheel format clean distclean
 .PHONY: bench-codec bench-network bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
+.PHONY: bench-faults bench-frames bench-soak
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo
-	@echo 'Variables: RANKS=2 (demo), ARGS="-k wire" (test), MPI=pip|system, TORCH=torch==2.13.0, PYTHON=python3 (setup)'
+	@echo 'Variables: RANKS=2 (demo), ARGS="-k wire" (test), TIMES=5 PART=gloo (test-repeat), MPI=pip|system, TORCH=torch==2.13.0, PYTHON=python3 (setup)'
 
 setup: ## build .venv: Open MPI, torch for the CPU, Horovod, this package (minutes the first time)
 	@scripts/setup
@@ -24,6 +27,12 @@ demo: setup ## train the digits example with four compressors on RANKS ranks und
 
 test: setup ## run the suite at 1, 2 and 4 ranks; ARGS go to pytest
 	@$(run)/python -m mpi_tests $(ARGS)
+
+test-repeat: setup ## run the suite TIMES times, or the parts whose names contain PART, and count failures
+	@$(run)/python -m mpi_tests --repeat $(TIMES) --part '$(PART)' $(ARGS)
+
+test-long: setup ## run the slow studies that `make test` leaves out
+	@$(run)/python -m mpi_tests --long $(ARGS)
 
 check: setup ## formatting, lint and types; changes nothing
 	$(run)/ruff format --check .
@@ -61,6 +70,15 @@ bench-pruning: setup ## what pruning activation gradients costs, and what backwa
 
 bench-accuracy: setup ## what every method costs in accuracy, over seeds (an hour and more)
 	@$(run)/python benchmarks/accuracy.py
+
+bench-faults: setup ## what goes wrong in training, and how it ends: counted on every back end
+	@$(run)/python benchmarks/faults.py
+
+bench-frames: setup ## a million damaged frames: none is taken for a good one, none crashes
+	@OMP_NUM_THREADS=1 $(run)/python benchmarks/frames.py
+
+bench-soak: setup ## ten thousand steps on two ranks: equal replicas, flat memory
+	@$(run)/python benchmarks/soak.py
 
 format: setup ## rewrite the Python files as `make check` wants them
 	$(run)/ruff format .

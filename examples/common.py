@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,19 @@ def check_equal(fingerprints: list[str]) -> None:
     """Raise unless all ranks have the same model; given all ranks' fingerprints, on every rank alike."""
     if strays := [rank for rank, theirs in enumerate(fingerprints) if theirs != fingerprints[0]]:
         raise RuntimeError(f"the parameters of ranks {strays} differ from those of rank 0")
+
+
+def on_terminal() -> bool:
+    """Whether a person watches what this process prints.
+
+    mpirun gives its ranks a pseudo-terminal even where its own output is a file, so under it the launcher's counts.
+    """
+    if not sys.stdout.isatty():
+        return False
+    if "PMIX_RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return True
+    try:
+        with open(f"/proc/{os.getppid()}/fd/1", "w") as launcher:
+            return launcher.isatty()
+    except OSError:  # a system without /proc, or a launcher of somebody else
+        return False

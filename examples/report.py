@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from common import on_terminal
 from hvd_compress.telemetry import Telemetry
 
 
@@ -24,10 +25,11 @@ class Report:
         self._rows: list[dict[str, Any]] = []
         self._step_seconds: list[float] = []
         self._loss = float("nan")
-        self._console = Console(quiet=rank != 0)
+        watched = on_terminal()
+        self._console = Console(quiet=rank != 0, force_terminal=None if watched else False)
         columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         loss = TextColumn("loss {task.fields[loss]:.3f}")
-        self._progress = Progress(*columns, loss, console=self._console, disable=rank != 0)
+        self._progress = Progress(*columns, loss, console=self._console, disable=rank != 0 or not watched)
 
     def __enter__(self) -> Report:
         self._progress.start()

@@ -1,170 +1,44 @@
 """Runs the suite: python -m mpi_tests [--sizes 1,2,4] [--backends mpi4py,...] [--only unit,ranks,jobs] [pytest args]
 
 Tests of single processes, then those that run inside a job, once for every backend and number of ranks, then those
-that start jobs of their own. Every line that a rank other than 0 prints is marked with its rank.
+that start jobs of their own. Parts of one process run beside each other, one a core. Every line that a rank other
+than 0 prints is marked with its rank.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import re
-import select
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from .part import Part, search_path
+from .summary import summarize, summarize_runs
 
-_ROOT = Path(__file__).resolve().parents[1]
-_BIN = Path(sys.executable).parent
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py")
 _PARTS = ("unit", "ranks", "jobs")
-_SILENT_SECONDS = 600  # after which a part is taken to hang as a whole; a file of tests may be a single line
-_END_SECONDS = 10  # for a part to end by itself, or when it is told to
-_TAG = re.compile(rb"\[(?:[^\]\s]*,)?(\d+)\]<std(?:out|err)>: ?")  # Open MPI's and Horovod's
-_COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
-_CLOSING = re.compile(rb"^=*\s*((?:\d+ \w+(?:, )?)+) in [\d.]+s")  # pytest's last line
-_KINDS = ("passed", "failed", "errors", "skipped")
-
-
-@dataclass
-class Part:
-    """One process or job of the suite, and how it ended."""
-
-    name: str
-    command: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    ending: str = "did not run"
-
-    @property
-    def good(self) -> bool:
-        return self.ending == "ok"
-
-    def run(self) -> None:
-        """Run it, with live output."""
-        print(f"\n{f' {self.name} ':#^100}", flush=True)
-        self.ending = "interrupted"
-        started = time.monotonic()
-        process = subprocess.Popen(
-            self.command,
-            cwd=_ROOT,
-            env=_environment() | self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        silent = False
-        try:
-            for chunk in _chunks(process):
-                self._show(chunk)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_SECONDS)
-        except TimeoutError:
-            silent = True
-        finally:
-            _end(process)
-        print(flush=True)
-        self.seconds = time.monotonic() - started
-        if silent:
-            self.ending = f"hung: silent for {_SILENT_SECONDS} s"
-        elif self.counts.keys() == {"deselected"}:
-            self.ending = "ok"  # no test was selected, which Horovod's launcher takes for a failure
-        elif process.returncode or not self.counts:
-            self.ending = "failed" if self.counts else f"died: exit code {process.returncode}"
-        else:
-            self.ending = "ok"
-
-    def _show(self, line: bytes) -> None:
-        if tag := _TAG.match(line):
-            line = line[tag.end() :]
-            if tag[1] != b"0":
-                line = b"rank %s| %s" % (tag[1], line)
-        # Only rank 0 ends with such a line.
-        if closing := _CLOSING.match(_COLOUR.sub(b"", line)):
-            found = re.findall(r"(\d+) (\w+)", closing[1].decode())
-            self.counts = {"errors" if kind == "error" else kind: int(count) for count, kind in found}
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-
-
-def _chunks(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-    """Whole lines, or what there is of one. Raises TimeoutError when nothing comes for too long."""
-    assert process.stdout is not None
-    descriptor = process.stdout.fileno()
-    pending = b""
-    while select.select([descriptor], [], [], _SILENT_SECONDS)[0]:
-        if not (data := os.read(descriptor, 1 << 16)):
-            yield pending
-            return
-        *lines, pending = (pending + data).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-        if pending and not pending.startswith((b"[", b"=")):  # dots of a test file under way
-            yield pending
-            pending = b""
-    raise TimeoutError
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End it if it still runs; the launchers forward SIGTERM to their ranks."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_SECONDS)
-
-
-def _environment() -> dict[str, str]:
-    """For many ranks on few cores: defaults that the caller's own variables override."""
-    defaults = {
-        "OMP_NUM_THREADS": "1",
-        # Open MPI 5's names, then 4's.
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "OMPI_MCA_hwloc_base_binding_policy": "none",
-        "OMPI_MCA_mpi_yield_when_idle": "1",  # several times faster where ranks outnumber cores
-    }
-    if os.getuid() == 0:  # Open MPI would refuse
-        defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return defaults | dict(os.environ) | {"PATH": _path(), "PYTHONUNBUFFERED": "1"}
-
-
-def _path() -> str:
-    """With the launchers of this Python's environment before the system's."""
-    return f"{_BIN}{os.pathsep}{os.environ['PATH']}"
+_LANES = 2  # of parts of one process
 
 
 def _pytest(paths: Sequence[str], arguments: list[str]) -> list[str]:
     return ["-m", "pytest", f"--color={'yes' if sys.stdout.isatty() else 'no'}", *arguments, *paths]
 
 
-def _once(directory: str, arguments: list[str]) -> Part:
-    return Part(directory, [sys.executable, *_pytest([f"mpi_tests/{directory}"], arguments)])
+def _unit(arguments: list[str]) -> Iterator[Part]:
+    """Every second test in each; conftest.py takes its share."""
+    for number in range(1, _LANES + 1):
+        share = {"HVD_COMPRESS_TEST_SHARE": f"{number}/{_LANES}"}
+        command = [sys.executable, *_pytest(["mpi_tests/unit"], ["-p", "no:cacheprovider", *arguments])]
+        yield Part(f"unit, {number} of {_LANES}", command, share)
 
 
-def _jobs(backend: str, size: int, arguments: list[str]) -> Iterator[Part]:
-    """One job; several on Gloo with more than two ranks, where Horovod hung or crashed late in a job of all tests."""
-    paths = sorted(str(path.relative_to(_ROOT)) for path in (_ROOT / "mpi_tests" / "ranks").glob("test_*.py"))
-    count = 4 if backend == "horovod-gloo" and size > 2 else 1
-    for number in range(count):
-        name = f"{backend}, {size}" + (f", {number + 1} of {count}" if count > 1 else "")
-        yield _job(backend, size, arguments, paths[number::count], name)
-
-
-def _job(backend: str, size: int, arguments: list[str], paths: Sequence[str], name: str, **environment: str) -> Part:
+def _ranks(backend: str, size: int, arguments: list[str], **environment: str) -> Part:
     """Ranks' tests as one job. The first failure ends it: what a failed test leaves behind differs by rank."""
-    horovodrun, mpirun = (shutil.which(name, path=_path()) or name for name in ("horovodrun", "mpirun"))
+    horovodrun, mpirun = (shutil.which(name, path=search_path()) or name for name in ("horovodrun", "mpirun"))
     launcher = [mpirun, "--tag-output", "-n", str(size), sys.executable]
     if backend == "horovod-gloo":
         launcher = [horovodrun, "--gloo", "-np", str(size), "-H", f"localhost:{size}", sys.executable]
@@ -173,39 +47,59 @@ def _job(backend: str, size: int, arguments: list[str], paths: Sequence[str], na
     options = ["-x", "-p", "no:cacheprovider"]
     extra = "".join(f" {variable}={value}" for variable, value in environment.items())
     return Part(
-        f"ranks: {name}{extra}",
-        [*launcher, *_pytest(paths, [*options, *arguments])],
+        f"ranks: {backend}, {size}{extra}",
+        [*launcher, *_pytest(["mpi_tests/ranks"], [*options, *arguments])],
         {"HVD_COMPRESS_BACKEND": backend, **environment},
+        size,
     )
 
 
 def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
+    """Those of one process first."""
+    arguments = ["-m", "long" if options.long else "not long", *arguments]
     if "unit" in options.only:
-        yield _once("unit", arguments)
+        yield from _unit(arguments)
     if "ranks" in options.only:
-        for backend in options.backends:
-            for size in options.sizes:
-                yield from _jobs(backend, size, arguments)
+        jobs = [(size, backend) for size in options.sizes for backend in options.backends]
+        yield from (_ranks(backend, size, arguments) for size, backend in sorted(jobs, key=lambda job: job[0] > 1))
         if "mpi4py" in options.backends and 2 in options.sizes:
-            level = {"MPI4PY_RC_THREAD_LEVEL": "serialized"}
-            yield _job("mpi4py", 2, arguments, ["mpi_tests/ranks"], "mpi4py, 2", **level)
+            yield _ranks("mpi4py", 2, arguments, MPI4PY_RC_THREAD_LEVEL="serialized")
     if "jobs" in options.only:
-        yield _once("jobs", arguments)
+        yield Part("jobs", [sys.executable, *_pytest(["mpi_tests/jobs"], arguments)], processes=2)
 
 
-def _summarize(parts: list[Part]) -> None:
-    table = Table("part", *_KINDS, "seconds", "", title="all parts")
+def _run(parts: Sequence[Part]) -> None:
+    """Those of one process beside each other, then one of the others after the other."""
+    small = [part for part in parts if part.processes == 1]
+    if len(small) > 1 and (os.cpu_count() or 1) > 1:
+        _run_beside(small)
     for part in parts:
-        counts = [str(part.counts.get(kind, "")) for kind in _KINDS]
-        colour = "green" if part.good else "red"
-        table.add_row(part.name, *counts, f"{part.seconds:.1f}", f"[{colour}]{part.ending}[/]")
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
-    totals = {kind: sum(part.counts.get(kind, 0) for part in parts) for kind in _KINDS}
-    bad = [part.name for part in parts if not part.good]
-    if bad:
-        print(f"not ok: {'; '.join(bad)}")
-    counted = ", ".join(f"{count} {kind}" for kind, count in totals.items() if count) or "no tests ran"
-    print(f"{counted} in {sum(part.seconds for part in parts):.2f}s, {len(parts) - len(bad)} of {len(parts)} parts ok")
+        if part.ending == "did not run":
+            part.run()
+
+
+def _run_beside(parts: Sequence[Part]) -> None:
+    waiting = iter(parts)
+    taking, stop = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with taking:
+                part = next(waiting, None)
+            if part is None:
+                return
+            part.run(f"{part.name}| ", stop)
+
+    lanes = [threading.Thread(target=work) for _ in range(_LANES)]
+    for lane in lanes:
+        lane.start()
+    try:
+        for lane in lanes:
+            lane.join()
+    finally:
+        stop.set()
+        for lane in lanes:
+            lane.join()
 
 
 def _choice(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -222,7 +116,13 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
-def main() -> int:
+def _times(text: str) -> int:
+    if (times := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1: {text}")
+    return times
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mpi_tests", description="Other arguments go to pytest.", allow_abbrev=False
     )
@@ -231,15 +131,35 @@ def main() -> int:
         "--backends", type=_choice(_BACKENDS), default=list(_BACKENDS), help=f"some of {','.join(_BACKENDS)}"
     )
     parser.add_argument("--only", type=_choice(_PARTS), default=list(_PARTS), help=f"some of {','.join(_PARTS)}")
+    parser.add_argument("--part", default="", help="only parts whose names, as the table has them, contain this")
+    parser.add_argument(
+        "--repeat", type=_times, default=1, metavar="TIMES", help="run all that so often; count failures"
+    )
+    parser.add_argument("--long", action="store_true", help="the slow studies instead")
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
     options, arguments = parser.parse_known_args()
-    parts = list(_parts(options, arguments))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the part under way
-    try:
-        for part in parts:
-            part.run()
-    finally:
-        _summarize(parts)
-    return 0 if all(part.good for part in parts) else 1
+    runs: list[list[Part]] = []
+    seconds: list[float] = []
+    for _ in range(options.repeat):
+        parts = [part for part in _parts(options, arguments) if options.part in part.name]
+        if not parts:
+            names = "; ".join(part.name for part in _parts(options, arguments))
+            parser.error(f"no part's name contains {options.part!r}. Parts: {names}")
+        runs.append(parts)
+        started = time.monotonic()
+        try:
+            _run(parts)
+        finally:
+            seconds.append(time.monotonic() - started)
+            summarize(parts, seconds[-1])
+            if options.repeat > 1:
+                summarize_runs(runs, seconds)
+    return 0 if all(part.good for parts in runs for part in parts) else 1
 
 
 if __name__ == "__main__":

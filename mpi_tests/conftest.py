@@ -1,6 +1,10 @@
-"""What all tests need: one thread a process, or the ranks of a job would fight for the cores."""
+"""What all tests need: one thread a process, or ranks would fight for the cores; none of torch's compiler."""
 
 import torch
+
+from . import no_compiler
+
+no_compiler.install()
 
 
 def pytest_configure() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..telemetry.export import append_lines
 from .layers import Layer
 from .policies import Decision, Statistics
 
@@ -34,8 +35,7 @@ def _layer(layer: Layer, errors: Any, costs: Any, norm: float, choice: int) -> d
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+    append_lines(path, [json.dumps(_finite(line), allow_nan=False)])
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -55,9 +56,34 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 def to_jsonl(records: Iterable[ParameterStep | StepSeconds], path: str | Path, *, append: bool) -> None:
     """Numbers that are not finite, which JSON has no words for, become null."""
-    with open(path, "a" if append else "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(_finite(asdict(record))) + "\n")
+    lines = [json.dumps(_finite(asdict(record))) for record in records]
+    if append:
+        append_lines(path, lines)
+        return
+    path = Path(path).resolve()
+    whole = path.with_name(f".{path.name}.new")
+    whole.unlink(missing_ok=True)
+    try:
+        append_lines(whole, lines)
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def append_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Append all of `lines` or, where the disk is full, none: a file of JSON lines stays one.
+
+    Raises OSError, which names the file.
+    """
+    data = "".join(f"{line}\n" for line in lines).encode()
+    with open(path, "ab", buffering=0) as file:
+        start = written = file.seek(0, os.SEEK_END)
+        try:
+            while written - start < len(data):
+                written += file.write(data[written - start :])
+        except OSError as error:
+            file.truncate(start)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,6 +170,11 @@ def run(launcher: str, ranks: int, script: str, *arguments: str, timeout_seconds
     return run_program(launcher, ranks, SCRIPTS / script, kind, *arguments, timeout_seconds=timeout_seconds, **env)
 
 
+def no_control_codes(output: str) -> bool:
+    """Whether it can be read in a file: no colours, no line that is written over another."""
+    return "\x1b" not in output and "\r" not in output
+
+
 def patience() -> float:
     """By how much longer than on an idle machine things may take here and now."""
     return min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), 3.0)

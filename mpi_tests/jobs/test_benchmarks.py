@@ -13,14 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from .launch import ROOT, patience, start
+from .launch import ROOT, no_control_codes, patience, start
 
 BENCHMARKS = ROOT / "benchmarks"
 SECONDS = 120.0
 
-takes_minutes = pytest.mark.skipif(
-    "HVD_COMPRESS_TEST_BENCHMARKS" not in os.environ, reason="minutes of jobs: HVD_COMPRESS_TEST_BENCHMARKS=1 runs them"
-)
 needs_horovod = pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod")
 
 
@@ -43,6 +40,7 @@ def rows_of(script: str, out: Path, **environment: str) -> tuple[list[dict], str
     ended = start(command, OUT=str(out), **environment).end(SECONDS * patience())
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []
+    assert no_control_codes(ended.output)
     return json.loads(out.read_text()), ended.output
 
 
@@ -60,7 +58,7 @@ FIELDS = {
 }
 
 
-@takes_minutes
+@pytest.mark.long
 @needs_horovod
 def test_the_network_benchmark_runs_on_loopback_and_says_so(tmp_path):
     rows, output = rows_of(
@@ -76,7 +74,7 @@ def test_the_network_benchmark_runs_on_loopback_and_says_so(tmp_path):
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
-@takes_minutes
+@pytest.mark.long
 @needs_horovod
 @needs_hosts
 def test_the_network_benchmark_runs_on_emulated_hosts(tmp_path):
@@ -137,17 +135,23 @@ def test_a_rate_that_is_none_is_an_error(rate, monkeypatch):
     assert [megabits(known) for known in ("100mbit", "1gbit", "2.5gbit", "64kbit")] == [100, 1000, 2500, 0.064]
 
 
-@needs_horovod
 @pytest.mark.parametrize(
     ("variable", "value"), [("METHODS", "bound,topq"), ("RATES", "fast"), ("PARAMETERS", "11M"), ("HOSTS", "two")]
 )
-def test_what_the_network_benchmark_does_not_know_is_an_error(variable, value):
-    ended = start([sys.executable, BENCHMARKS / "network.py"], LOOPBACK="1", **{variable: value}).end(60 * patience())
-    assert ended.code == 2, str(ended)
-    assert value.split(",")[-1] in ended.output
+def test_what_the_network_benchmark_does_not_know_is_an_error(variable, value, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("LOOPBACK", "1")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["network.py"])
+    import network
+
+    with pytest.raises(SystemExit) as ended:
+        network.main()
+    assert ended.value.code == 2
+    assert value.split(",")[-1] in capsys.readouterr().err
 
 
-@takes_minutes
+@pytest.mark.long
 @needs_horovod
 def test_the_overhead_benchmark_tells_where_time_and_memory_go(tmp_path):
     rows, output = rows_of("overhead.py", tmp_path / "rows.json", METHODS="topk", STEPS="3")
@@ -167,3 +171,33 @@ def test_the_overhead_benchmark_tells_where_time_and_memory_go(tmp_path):
     # A residual and the memory of the next one, of 40 MB each; not many steps' gradients.
     assert under_horovod[3]["peak_bytes_over_none"] < 150e6
     assert "us of Python a tensor" in output
+
+
+def test_damaged_frames_are_refused_or_read(tmp_path):
+    rows, output = rows_of("frames.py", tmp_path / "rows.json", METHODS="topk_0.3,terngrad", FRAMES="2000")
+    assert [(row["method"], row["frames"], row["wrong"], row["crashed"]) for row in rows] == [
+        ("topk_0.3", 1000, 0, ""),
+        ("terngrad", 1000, 0, ""),
+    ]
+    assert all(row["refused"] > 500 and row["read"] > 50 for row in rows)
+    assert "0 wrongly accepted, 0 crashes" in output
+
+
+@pytest.mark.long
+def test_faults_are_counted(tmp_path):
+    faults = {"FAULTS": "nan_on_one_rank,wrong_shapes,corrupt_frame_received", "BACKENDS": "mpi4py", "TIMES": "1"}
+    rows, output = rows_of("faults.py", tmp_path / "rows.json", **faults)
+    assert [(row["fault"], row["good"], row["outcome"]) for row in rows] == [
+        ("nan_on_one_rank", 1, "exact recovery"),
+        ("wrong_shapes", 1, "error"),
+        ("corrupt_frame_received", 1, "error"),
+    ]
+    assert "3 of 3 ended well, 0 did not" in output
+
+
+@pytest.mark.long
+def test_the_soak_compares_replicas_and_reads_memory(tmp_path):
+    rows, output = rows_of("soak.py", tmp_path / "rows.json", METHODS="topk", STEPS="100", CHECKS="4")
+    assert [(row["step"], row["equal"]) for row in rows] == [(25, True), (50, True), (75, True), (100, True)]
+    assert all(row["resident_bytes"] > 0 for row in rows)
+    assert "100 steps" in output

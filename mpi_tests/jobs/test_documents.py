@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .launch import ROOT, patience, run_program, start
+from .launch import ROOT, no_control_codes, patience, run_program, start
 
 EXAMPLES = [
     ("horovod-mpi", 2, "horovod_digits.py", "none,terngrad,adacomp,topk"),
@@ -35,6 +35,7 @@ def test_example_runs_and_compares_its_methods(launcher, ranks, example, methods
     ended = run_program(launcher, ranks, ROOT / "examples" / example, *options, timeout_seconds=90)
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []
+    assert no_control_codes(ended.output)
     rows = json.loads(table.read_text())
     assert [row["method"] for row in rows] == methods.split(",")
     for row in rows:
@@ -50,6 +51,7 @@ def test_example_runs_and_compares_its_methods(launcher, ranks, example, methods
 def test_the_example_of_sparse_training_runs_and_sends_less_in_compressed_phases():
     ended = run_program("mpirun", 2, ROOT / "examples" / "acdc_digits.py", "--epochs", "2", timeout_seconds=90)
     assert ended.code == 0, str(ended)
+    assert no_control_codes(ended.output)
     output = ended.of_rank(0)
     found = [re.search(rf"in {phase} phases: ([\d,]+)", output) for phase in ("dense", "compressed")]
     dense, compressed = (int(match[1].replace(",", "")) for match in found)
@@ -62,6 +64,7 @@ def test_the_example_of_one_process_runs():
     example = ROOT / "examples" / "activation_pruning.py"
     ended = start([sys.executable, str(example), "--epochs", "1"]).end(90 * patience())
     assert ended.code == 0, str(ended)
+    assert no_control_codes(ended.output)
     assert "pruned gradients: test accuracy" in str(ended)
 
 
@@ -77,15 +80,30 @@ def test_documented_commands_run(block):
         assert ended.code == 0, str(ended)
 
 
-@pytest.mark.parametrize("block", list(fenced("python")))
-def test_documented_code_parses_and_imports_what_it_uses_of_this_package(block):
+def imports_of(block):
+    """What a block imports, or names by its full path, of this package."""
     tree = ast.parse(block)
     package = re.compile(r"(from|import) hvd_compress\b")
     statements = [code for node in tree.body if package.match(code := ast.unparse(node))]
-    statements += sorted(set(re.findall(r"^hvd_compress(?:\.\w+)+", block, re.MULTILINE)))
-    if statements:
-        ended = start([sys.executable, "-c", "\n".join(statements)]).end(60 * patience())
-        assert ended.code == 0, str(ended)
+    return statements + sorted(set(re.findall(r"^hvd_compress(?:\.\w+)+", block, re.MULTILINE)))
+
+
+RUN_EACH = """
+import sys, traceback
+for block in sys.argv[1:]:
+    try:
+        exec(block, {})
+    except Exception:
+        traceback.print_exc()
+        sys.exit(f"in the block: {block}")
+"""
+
+
+def test_documented_code_parses_and_imports_what_it_uses_of_this_package():
+    blocks = ["\n".join(statements) for block in fenced("python") if (statements := imports_of(block.values[0]))]
+    assert blocks
+    ended = start([sys.executable, "-c", RUN_EACH, *blocks]).end(60 * patience())
+    assert ended.code == 0, str(ended)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))

@@ -15,14 +15,13 @@ def fail(launcher, ranks, how):
     return ended
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_an_invalid_option_on_one_rank_ends_the_job(launcher):
-    assert "ValueError: density must be in (0, 1]: 2" in fail(launcher, 2, "option").of_rank(1)
+# The two ways in which an error of Python ends a rank; each launcher meets one of them, MPI's both.
+@pytest.mark.parametrize(("launcher", "ranks"), [("horovod-gloo", 2), ("mpirun", 2)])
+def test_an_invalid_option_on_one_rank_ends_the_job(launcher, ranks):
+    assert "ValueError: density must be in (0, 1]: 2" in fail(launcher, ranks, "option").of_rank(1)
 
 
-@pytest.mark.parametrize(
-    ("launcher", "ranks"), [("horovod-mpi", 2), ("horovod-gloo", 2), ("mpi4py", 2), ("mpirun", 2), ("mpirun", 4)]
-)
+@pytest.mark.parametrize(("launcher", "ranks"), [("horovod-mpi", 2), ("mpi4py", 2), ("mpirun", 4)])
 def test_an_exception_on_one_rank_ends_the_job_and_is_shown(launcher, ranks):
     ended = fail(launcher, ranks, "exception")
     assert "RuntimeError: something is wrong with the data" in ended.of_rank(1)
@@ -36,9 +35,7 @@ def test_sys_exit_on_one_rank_ends_the_job(launcher):
         assert ended.code == 3
 
 
-@pytest.mark.parametrize(
-    ("launcher", "ranks"), [("horovod-mpi", 2), ("horovod-gloo", 2), ("mpi4py", 2), ("mpirun", 2), ("mpirun", 4)]
-)
+@pytest.mark.parametrize(("launcher", "ranks"), [("horovod-mpi", 2), ("horovod-gloo", 2), ("mpi4py", 2), ("mpirun", 4)])
 def test_a_rank_with_fewer_batches_ends_the_job(launcher, ranks):
     ended = fail(launcher, ranks, "return")
     if launcher in MPI4PY:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from .launch import ROOT, patience, start
+from .launch import ROOT, no_control_codes, patience, start
 
 ONE_FAILS = """
 def test_one_rank_fails(job):
@@ -25,13 +25,21 @@ def test_nothing(job):
 """
 
 
-def run_suite(directory, test, backend, *options):
+LEFT_OVER = """
+def test_rank_0_posts_alone(job):
+    if job.rank == 0:
+        import torch
+        job.hvd.allreduce_async(torch.ones(7), name="alone")
+"""
+
+
+def run_suite(directory, test, backend, *options, **environment):
     """Run the runner on a copy of its files, and of no test but `test`."""
     copied = directory / "mpi_tests"
     shutil.copytree(ROOT / "mpi_tests", copied, ignore=shutil.ignore_patterns("test_*", "unit", "jobs", "__pycache__"))
     (copied / "ranks" / "test_deliberately.py").write_text(test)
     command = [sys.executable, "-m", "mpi_tests", "--only", "ranks", "--sizes", "2", "--backends", backend, *options]
-    return start(command, directory=directory).end(120 * patience())
+    return start(command, directory=directory, **environment).end(120 * patience())
 
 
 @pytest.mark.parametrize("backend", ["horovod-mpi", "mpi4py"])
@@ -45,7 +53,7 @@ def test_a_failure_on_one_rank_ends_the_suite_with_the_stacks_of_the_others(tmp_
 
 
 def test_a_deadlock_ends_the_suite_with_the_stacks_of_all_ranks(tmp_path):
-    ended = run_suite(tmp_path, DEADLOCK, "horovod-gloo")
+    ended = run_suite(tmp_path, DEADLOCK, "horovod-gloo", HVD_COMPRESS_TEST_SECONDS="6")
     assert ended.code, str(ended)
     assert ended.left_behind == []
     assert ended.seconds < 60 * patience()
@@ -54,6 +62,15 @@ def test_a_deadlock_ends_the_suite_with_the_stacks_of_all_ranks(tmp_path):
         assert re.search(stack, ended.output, re.MULTILINE), str(ended)
 
 
-def test_a_suite_that_passes_ends_with_success(tmp_path):
-    ended = run_suite(tmp_path, PASSES, "mpi4py")
+def test_what_a_test_leaves_posted_on_one_rank_is_a_failure(tmp_path):
+    ended = run_suite(tmp_path, LEFT_OVER, "horovod-gloo")
+    assert ended.code, str(ended)
+    assert "leaves operations that rank 0 has posted and others have not" in ended.output, str(ended)
+    assert "(7,)" in ended.output
+
+
+def test_a_suite_that_passes_ends_with_success_however_often_and_its_output_has_no_control_codes(tmp_path):
+    ended = run_suite(tmp_path, PASSES, "mpi4py", "--part", "serialized", "--repeat", "2")
     assert ended.code == 0, str(ended)
+    assert "2 of 2 runs passed" in ended.output
+    assert no_control_codes(ended.output)

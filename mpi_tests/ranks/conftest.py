@@ -1,8 +1,9 @@
 """Runs each test on all ranks in step, so that they pass, fail and end together.
 
-After every phase of a test the ranks tell each other how it went; if it failed on one it fails on all. A rank that
-fails while others wait for it in a collective cannot tell them: after a short grace it has them print their stacks and
-exits, and the launcher ends the job. A test that hangs everywhere prints all stacks, and an alarm ends it.
+After a test's call and its teardown the ranks tell each other how it went; if it failed on one it fails on all. So
+does a test after which an operation is posted on some ranks only. A rank that fails while others wait for it in a
+collective cannot tell them: after a short grace it has them print their stacks and exits, and the launcher ends the
+job. A test that hangs everywhere prints all stacks, and an alarm ends it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ from pathlib import Path
 import pytest
 
 from .job import Job, join
+from .left_over import left_over
 from .rendezvous import Rendezvous
 
-_STACKS_SECONDS = 30  # of a test, until all ranks print their stacks
-_TEST_SECONDS = 33  # until it is ended
+_STACKS_SECONDS = int(os.environ.get("HVD_COMPRESS_TEST_SECONDS", 30))  # of a test, until all ranks print their stacks
+_TEST_SECONDS = _STACKS_SECONDS + 3  # until it is ended
 _ENDS_SECONDS = 60  # to start the job, and to end it
 _GRACE_SECONDS = 4.0
+_LEFT_OVER_SECONDS = 5.0  # at the end of a test, for what all ranks have posted to end
 _PRINT_SECONDS = 0.5
+_REARM_SECONDS = 5.0  # the timer of the stacks is a thread, which takes longer to start anew than most tests
 
 _job: Job
 _rendezvous: Rendezvous
 _pids: list[int]  # by rank; all are on this host
 _stderr: int
+_armed = -_REARM_SECONDS
 
 
 @pytest.hookimpl(trylast=True)  # once there is a terminal reporter
@@ -55,22 +60,30 @@ def pytest_report_header() -> str:
     return f"rank 0 of {_job.size}, {_job.backend}"
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)  # inside pytest's own, which has the same timer
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
     _arm()
     try:
         return (yield)
     finally:
-        _disarm()
+        signal.alarm(0)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if report.when == "teardown" and report.passed and (left := left_over(_job, _LEFT_OVER_SECONDS)):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} leaves operations that rank {_job.rank} has posted and others have not: {', '.join(left)}. "
+            "They would match those of a later test, and kill other ranks in hvd.join()."
+        )
+    if report.when == "setup" and report.passed:
+        return report  # a rank that did not get so far says so in its next meeting, which is the others' after the call
     outcome = report.outcome
     if report.failed:
         _print_failure(report)
-    _disarm()  # whom this rank waits for have a limit of their own
+    signal.alarm(0)  # whom this rank waits for have a limit of their own
     outcomes = _rendezvous.meet(outcome, _GRACE_SECONDS if report.failed else None)
     _arm()
     if outcomes is None:
@@ -82,6 +95,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_unconfigure() -> None:
+    faulthandler.cancel_dump_traceback_later()
     signal.alarm(_ENDS_SECONDS)
     sys.stdout.flush()
     _rendezvous.meet("end", _GRACE_SECONDS)
@@ -91,13 +105,11 @@ def pytest_unconfigure() -> None:
 
 
 def _arm() -> None:
-    faulthandler.dump_traceback_later(_STACKS_SECONDS, file=_stderr)
+    global _armed
     signal.alarm(_TEST_SECONDS)
-
-
-def _disarm() -> None:
-    faulthandler.cancel_dump_traceback_later()
-    signal.alarm(0)
+    if time.monotonic() - _armed > _REARM_SECONDS:
+        _armed = time.monotonic()
+        faulthandler.dump_traceback_later(_STACKS_SECONDS, file=_stderr)
 
 
 def _end_job() -> None:

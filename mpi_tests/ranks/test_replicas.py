@@ -1,6 +1,5 @@
 """Training with every compressor: replicas stay equal to the bit, on every backend and as the simulation has it."""
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -21,8 +20,7 @@ from .training import (
     copy,
 )
 
-STEPS = 200
-STEPS_OF_FOUR_ON_GLOO = 60  # four ranks on two cores take minutes; HVD_COMPRESS_TEST_STEPS=200 asks for more
+STEPS = [60, pytest.param(200, marks=pytest.mark.long)]
 MAKE: dict[str, MakeCompression] = {
     "none": Compression.none,
     "fp16": Compression.fp16,
@@ -35,7 +33,6 @@ MAKE: dict[str, MakeCompression] = {
     "scalecom": lambda named: Compression.scalecom(named, density=0.1, min_numel=1),
     "dgc": lambda named: Compression.dgc(named, density=0.2, momentum=0.5, min_numel=1),
 }
-STEPS_OF_SUMS = 60
 
 
 def model() -> nn.Module:
@@ -57,12 +54,6 @@ def sgd(of: nn.Module, kind: str = "", size: int = 1) -> torch.optim.Optimizer:
     return torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.0 if kind == "dgc" and size > 1 else 0.5)
 
 
-def steps_of(job: Job, kind: str) -> int:
-    slow = job.backend == "horovod-gloo" and job.size > 2
-    steps = STEPS_OF_FOUR_ON_GLOO if slow else STEPS_OF_SUMS if kind in IN_SUMS else STEPS
-    return int(os.environ.get("HVD_COMPRESS_TEST_STEPS", steps))
-
-
 def train_simulated(
     one: nn.Module, kind: str, simulation: Simulation, steps: int, alive: Callable[[], None]
 ) -> dict[str, Tensor]:
@@ -82,13 +73,16 @@ def train_simulated(
     return copy(by_name)
 
 
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("kind", MAKE)
-def test_replicas_learn_stay_equal_and_match_the_simulation(job: Job, alive: Callable[[], None], kind: str) -> None:
+def test_replicas_learn_stay_equal_and_match_the_simulation(
+    job: Job, alive: Callable[[], None], kind: str, steps: int
+) -> None:
     mine = model()
     by_name = dict(mine.named_parameters())
     optimizer = job.distribute(sgd(mine, kind, job.size), by_name.items(), MAKE[kind](by_name.items()))
     losses = []
-    for step in range(steps_of(job, kind)):
+    for step in range(steps):
         optimizer.zero_grad()
         value = loss(mine, job.rank, step)
         value.backward()
@@ -100,7 +94,7 @@ def test_replicas_learn_stay_equal_and_match_the_simulation(job: Job, alive: Cal
     one = model()
     simulation = Simulation(job.size, MAKE[kind], dict(one.named_parameters()))
     if job.rank == 0:  # the same on all ranks, and slow on many of them at once
-        simulated = train_simulated(one, kind, simulation, steps_of(job, kind), alive)
+        simulated = train_simulated(one, kind, simulation, steps, alive)
         if kind in IN_FRAMES or job.size == 1:
             assert_equal(by_name, simulated)
         else:

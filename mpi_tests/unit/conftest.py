@@ -1,5 +1,34 @@
-"""One thread: the tensors are small, and the machine may be shared."""
+"""One thread: the tensors are small, and the machine may be shared. A file of tests that hangs shows where."""
 
+from __future__ import annotations
+
+import faulthandler
+import os
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+_FILE_SECONDS = 600  # a file of tests, of which the longest takes one; a timer for each test would cost more than most
+_stderr: int
+
+
+def pytest_configure() -> None:
+    global _stderr
+    _stderr = os.dup(2)  # tests run with another
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stacks_of_a_hang() -> Iterator[None]:
+    """End a file of tests that takes too long, with the stacks of all threads."""
+    faulthandler.dump_traceback_later(_FILE_SECONDS, exit=True, file=_stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep one share of the tests: HVD_COMPRESS_TEST_SHARE=1/2 the first of two."""
+    number, count = map(int, os.environ.get("HVD_COMPRESS_TEST_SHARE", "1/1").split("/"))
+    items[:] = items[number - 1 :: count]

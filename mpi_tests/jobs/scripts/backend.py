@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from mpi_tests import no_compiler
+
 torch.set_num_threads(1)
+no_compiler.install()
 KIND = sys.argv[1]
 ARGUMENTS = sys.argv[2:]
 

@@ -1,0 +1,44 @@
+"""Keeps torch from importing its compiler at an optimizer's first step: as long again as torch itself, a process.
+
+Nothing in the suite is compiled but what a test asks for: whatever else is wanted of torch._dynamo brings the real one.
+The examples, which the suite runs as users do, have it from the start.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+_NAME = "torch._dynamo"
+
+
+class _StandIn(types.ModuleType):
+    @staticmethod
+    def disable(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
+        return function
+
+    @staticmethod
+    def graph_break() -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # asked of every module that there is
+            raise AttributeError(name)
+        if sys.modules.get(_NAME) is self:
+            del sys.modules[_NAME]
+            importlib.import_module(_NAME)
+        return getattr(sys.modules[_NAME], name)
+
+
+def install() -> None:
+    """Before the first step."""
+    import torch
+    import torch.testing
+
+    # Comparing tensors would import it, too, by way of distributed tensors.
+    torch.testing._comparison._HAS_DTENSOR = False
+    if _NAME not in sys.modules:
+        sys.modules[_NAME] = torch._dynamo = _StandIn(_NAME)
