@@ -238,6 +238,8 @@ class Engine:
         if self.collecting:
             self.flush()
         self._complete(ticket)
+        if ticket is self._first:
+            self._first = None
         return ticket.total
 
     def close(self) -> None:

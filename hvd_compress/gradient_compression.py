@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import fingerprint
 from .adaptive import Controller
-from .agreement import agree, mismatch
+from .agreement import BYTES, agree, mismatch
 from .binding import Binding, NamedParameters, calling_optimizer, parameters_of_optimizer
 from .compressors import Compressor, SummedCompressor
 from .engine import Engine
@@ -267,6 +267,7 @@ class GradientCompression(Session):
         )
         ticket = engine.submit(len(self.slots) + CLOSING, exchange)
         engine.put_first(ticket)
+        self.telemetry.agreement_bytes += BYTES
         if changed or problem or by_scaler:
             engine.try_finish(ticket, _PATIENCE_SECONDS)
             if by_scaler:
@@ -315,7 +316,6 @@ class GradientCompression(Session):
         prefix = f"hvd_compress.{self._roll.numbers.get(self._id, 0)}"
         engine = functools.partial(PacedEngine if transport.shared else Engine, prefix=prefix)
         self.attach(transport, engine, compressed_only=True)
-        self.say_if_more_than_dense()
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
 

@@ -100,7 +100,6 @@ def _attach(compression: GradientCompression, optimizer: torch.optim.Optimizer, 
     if conflict:
         raise ValueError(conflict)
     compression.attach(transport, functools.partial(OrderedEngine, threaded=threaded and transport.size > 1))
-    compression.say_if_more_than_dense()
 
 
 def broadcast_parameters(

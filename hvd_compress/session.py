@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .adaptive import Controller
-from .agreement import agree, mismatch
+from .agreement import BYTES, agree, mismatch
 from .binding import Binding
 from .compressors import (
     Compressor,
@@ -84,6 +84,7 @@ class Session:
         self._engine: Engine | None = None
         self._step = 0
         self._frozen: dict[int, Slot] = {}  # under way, of parameters that are frozen meanwhile
+        self._traffic_is_told = False
         self._begun = False  # some gradient of this step was handed in
         self._finished = False  # some gradient of this step is finished
         self._finite = True  # no tensor of this step was seen to be non-finite
@@ -142,6 +143,7 @@ class Session:
             self._take_over(*self._loaded, transport.rank, transport.size)
             self.memory.rescale((self._loss_scale or 1.0) / (self._loaded[0]["loss_scale"] or self._loss_scale or 1.0))
             self._loaded = None
+        self._traffic_is_told = False
         for slot in self.slots:
             slot.rank, slot.size, slot.cache = transport.rank, transport.size, None
         self._divisor = self._wanted_divisor = 1.0
@@ -180,11 +182,15 @@ class Session:
         self.settle()
         if self._begun:
             return
+        if not self._traffic_is_told:  # by now masks are there, which may be made after the compression
+            self._traffic_is_told = True
+            self.say_if_more_than_dense()
         self._begun = True
         if self.compressor.varies and self.size > 1:
             states = self.compressor.terms(self.slots, self._step)
             exchange = agree(self.rank, sorted(states.items()), lambda: states, self._disagreement)
             self._opening = engine.submit(len(self.slots) + OPENING, exchange)
+            self.telemetry.agreement_bytes += BYTES
             engine.confirm(self._opening)
 
     def _disagreement(self, what: str, ranks_by_state: Mapping[str, list[int]]) -> Exception:
@@ -362,7 +368,7 @@ class Session:
         return Held(added([*parts, {SUMS: sums}]), self._model_bytes)
 
     def say_if_more_than_dense(self) -> None:
-        """Once attached: with so many ranks a method may move more than no compression."""
+        """With so many ranks a method may move more than no compression."""
         shapes = [slot.shape for slot in self.slots if slot.compressed]
         warn_if_more_than_dense(self.compressor, shapes, self.rank, self.size)
 

@@ -21,6 +21,7 @@ class Telemetry:
     steps: int = 0
     compressed: Traffic = field(default_factory=Traffic)  # the tensors that are compressed
     total: Traffic = field(default_factory=Traffic)  # all tensors
+    agreement_bytes: int = 0  # by which ranks agree on what decides a step; not part of the above
     parameters: dict[str, Traffic] = field(default_factory=dict)
     collectives: deque[Collective] = field(default_factory=lambda: deque(maxlen=_COLLECTIVES))  # the last ones
     spans: Spans | None = None  # where the time went, once that is watched

@@ -129,7 +129,7 @@ def test_any_rank_can_gather_and_the_others_get_their_own(job: Job, kind: str) -
     for root in {0, job.size - 1}:
         state = training.compression.gather_state_dict(root)
         assert {key: state[key] for key in ("step", "loss_scale", "size")} == {
-            "step": 3,
+            "step": 3 if job.size > 1 else 0,  # one rank exchanges nothing
             "loss_scale": None,
             "size": job.size,
         }

@@ -26,11 +26,12 @@ class Copies(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.made = []
+        self.made, self._held = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.copy_.default:
             self.made.append((args[1].device.type, args[0].device.type, args[0].data_ptr()))
+            self._held.append(args[0])  # so that no other tensor comes to lie there
         return function(*args, **(kwargs or {}))
 
 

@@ -147,6 +147,7 @@ def test_bytes_are_those_that_a_rank_gives_to_its_transport(method, monkeypatch)
         ranks.exchange([gradients(step, rank) for rank in range(2)])
     for rank, compression in enumerate(ranks.compressions):
         beside = compression.controller.sent_bytes if compression.controller else 0
+        beside += compression.telemetry.agreement_bytes
         assert compression.telemetry.total.sent_bytes + beside == given[rank]
         assert sum(record.sent_bytes for record in records_of(compression)) + beside == given[rank]
         raw = STEPS * sum(4 * math.prod(shape) for shape in SHAPES.values())
