@@ -16,7 +16,7 @@ from .. import wire
 from ..requests import Allgather, Allreduce, Alltoall, Broadcast, ReduceOp, Request
 
 _POLLS = 100  # before a thread that waits starts to sleep
-_SLEEP_SECONDS = 1e-4
+_SHORTEST_SLEEP_SECONDS, _LONGEST_SLEEP_SECONDS = 1e-4, 1e-3
 
 
 class Pending(abc.ABC):
@@ -41,13 +41,17 @@ class PolledPending(Pending):
 
     def await_ready(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Poll, and leave the core to others between polls: Horovod's and MPI's own waits keep it busy."""
+        started = 0.0
         for poll in itertools.count():
             if self.ready():
                 return
             if meanwhile is not None:
                 meanwhile()
-            if poll > _POLLS:
-                time.sleep(_SLEEP_SECONDS)
+            if poll == _POLLS:
+                started = time.perf_counter()
+            elif poll > _POLLS:  # the longer it takes, the less a look in time is worth
+                waited = time.perf_counter() - started
+                time.sleep(min(max(waited / 32, _SHORTEST_SLEEP_SECONDS), _LONGEST_SLEEP_SECONDS))
 
 
 class _Then(Pending):

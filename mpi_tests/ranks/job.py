@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hvd_compress.transports.base import Transport
 
+_SLEEP_SECONDS = 1e-3
 NamedParameters = Iterable[tuple[str, Tensor]]
 
 
@@ -65,6 +67,7 @@ class HorovodJob(Job):
         import horovod.torch as hvd
 
         hvd.init()
+        _wait_without_spinning(hvd)
         if hvd.size() > 1:
             assert hvd.mpi_enabled() == (backend == "horovod-mpi"), f"Horovod does not run on what {backend} names"
         self.backend, self.rank, self.size = backend, hvd.rank(), hvd.size()
@@ -99,6 +102,23 @@ class HorovodJob(Job):
                 self._sets[ranks] = self.hvd.add_process_set(ranks)
         mine = next(self._sets[ranks] for ranks in map(tuple, members) if self.rank in ranks)
         return Subset(mine.rank(), mine.size(), {"process_set": mine}, {"process_set": mine})
+
+
+def _wait_without_spinning(hvd: Any) -> None:
+    """Let a rank that waits sleep between looks: Horovod's own wait spins, which keeps the cores from the ranks that
+    it waits for where these outnumber them. What is waited for, and what comes of it, is the same."""
+    from horovod.torch import functions, mpi_ops, optimizer
+
+    spinning = mpi_ops.synchronize
+
+    def synchronize(handle: Any) -> Any:
+        while not mpi_ops.poll(handle):
+            time.sleep(_SLEEP_SECONDS)
+        return spinning(handle)
+
+    for module in (hvd, mpi_ops, optimizer, functions):
+        if getattr(module, "synchronize", None) is spinning:
+            module.synchronize = synchronize
 
 
 class MPIJob(Job):
