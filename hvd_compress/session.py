@@ -179,6 +179,8 @@ class Session:
         """
         engine = self._engine
         assert engine is not None, "attach first"
+        if self._sees_steps and not self._applied:  # a step begins, and none was made by the gradients before
+            self.discard()
         self.settle()
         if self._begun:
             return
@@ -255,13 +257,10 @@ class Session:
         return _SPARSE if gradient.is_sparse else self.compressor.chosen(slot) or NONE
 
     def settle(self) -> None:
-        """End the step whose gradients were finished, if any: residuals change.
-
-        They stay if not all was finite, or if the optimizer, known to tell of its steps, has made none.
-        """
+        """End the step whose gradients were finished, if any: residuals change, or stay if not all was finite."""
         if not self._finished:
             return
-        if self._finite and (self._applied or not self._sees_steps):
+        if self._finite:
             self.memory.commit()
         self.telemetry.settled(self._step)
         self._step += 1
@@ -272,7 +271,7 @@ class Session:
 
     def step_made(self) -> None:
         """The optimizer has made a step by the gradients that were finished; it tells each time, from now on."""
-        self._sees_steps = self._applied = True
+        self._sees_steps, self._applied = True, self._finished
 
     def discard(self) -> None:
         """Forget the gradients that were synchronized last, since no step was made by them: residuals stay.
