@@ -1,8 +1,8 @@
 """Runs the suite: python -m mpi_tests [--sizes 1,2,4] [--backends mpi4py,...] [--only unit,ranks,jobs] [pytest args]
 
 Tests of single processes, then those that run inside a job, once for every backend and number of ranks, then those
-that start jobs of their own. Parts of one process run beside each other, one a core. Every line that a rank other
-than 0 prints is marked with its rank.
+that start jobs of their own. Parts of one process run beside each other, one a core, and so do parts of two. Every
+line that a rank other than 0 prints is marked with its rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .summary import summarize, summarize_runs
 
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py")
 _PARTS = ("unit", "ranks", "jobs")
-_LANES = 2  # of parts of one process
+_LANES = 2  # of parts that run beside each other
 
 
 def _pytest(paths: Sequence[str], arguments: list[str]) -> list[str]:
@@ -65,14 +65,15 @@ def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
         if "mpi4py" in options.backends and 2 in options.sizes:
             yield _ranks("mpi4py", 2, arguments, MPI4PY_RC_THREAD_LEVEL="serialized")
     if "jobs" in options.only:
-        yield Part("jobs", [sys.executable, *_pytest(["mpi_tests/jobs"], arguments)], processes=2)
+        yield Part("jobs", [sys.executable, *_pytest(["mpi_tests/jobs"], arguments)], processes=4)
 
 
 def _run(parts: Sequence[Part]) -> None:
-    """Those of one process beside each other, then one of the others after the other."""
-    small = [part for part in parts if part.processes == 1]
-    if len(small) > 1 and (os.cpu_count() or 1) > 1:
-        _run_beside(small)
+    """Those of one process beside each other, then those of two, whose ranks wait much; then one after the other."""
+    for processes in (1, 2):
+        small = [part for part in parts if part.processes == processes]
+        if len(small) > 1 and (os.cpu_count() or 1) > 1:
+            _run_beside(small)
     for part in parts:
         if part.ending == "did not run":
             part.run()
