@@ -51,7 +51,7 @@ FAULTS = {
     "corrupt_frame_sent": Fault("a bit of a frame flipped on its way to all", error=("checksum", "from rank 1")),
     "corrupt_frame_received": Fault("a bit of a frame flipped on its way to one rank", ("checksum",), ends_job=True),
     "masks_that_differ": Fault("a mask updated a step early on one rank", error=("'a'",)),
-    "schedule_that_differs": Fault("a schedule that differs at one step on one rank", error=("'a'",)),
+    "schedule_that_differs": Fault("a schedule that differs at one step on one rank", error=("density is",)),
     "frozen_at_the_start": Fault("a layer frozen on one rank, at the start", error=("'c'",)),
     "frozen_later": Fault("a layer frozen on one rank, later", error=("'c'",)),
     "another_size": Fault("restart with two ranks from a checkpoint of three"),

@@ -179,9 +179,7 @@ class Session:
         """
         engine = self._engine
         assert engine is not None, "attach first"
-        if self._sees_steps and not self._applied:  # a step begins, and none was made by the gradients before
-            self.discard()
-        self.settle()
+        self._end_step()
         if self._begun:
             return
         if not self._traffic_is_told:  # by now masks are there, which may be made after the compression
@@ -194,6 +192,12 @@ class Session:
             self._opening = engine.submit(len(self.slots) + OPENING, exchange)
             self.telemetry.agreement_bytes += BYTES
             engine.confirm(self._opening)
+
+    def _end_step(self) -> None:
+        """A step begins: settle the one before, or discard it where the optimizer, which would tell, has made none."""
+        if self._sees_steps and not self._applied:
+            self.discard()
+        self.settle()
 
     def _disagreement(self, what: str, ranks_by_state: Mapping[str, list[int]]) -> Exception:
         special = self.compressor.disagreement(what, ranks_by_state, self.size)
@@ -325,7 +329,7 @@ class Session:
     def loss_scale(self, scale: float) -> None:
         if not 0 < scale < math.inf:
             raise ValueError(f"loss_scale must be positive and finite: {scale}")
-        self.settle()
+        self._end_step()
         if self._loss_scale is not None and scale != self._loss_scale:
             self.memory.rescale(scale / self._loss_scale)
         self._loss_scale = scale

@@ -361,3 +361,5 @@ def test_a_state_taken_between_synchronizing_and_the_step_has_what_was_synchroni
     ranks.exchange(gradients(3, 1))  # by which no step is made
     ranks.exchange(gradients(4, 1))
     assert residuals(compression) == before
+    compression.loss_scale = 2.0  # before the next step, nor is one made by these
+    assert residuals(compression) == before
