@@ -1,8 +1,8 @@
 """Runs the suite: python -m mpi_tests [--sizes 1,2,4] [--backends mpi4py,...] [--only unit,ranks,jobs] [pytest args]
 
 Tests of single processes, then those that run inside a job, once for every backend and number of ranks, then those
-that start jobs of their own. Parts of one process run beside each other, one a core, and so do parts of two. Every
-line that a rank other than 0 prints is marked with its rank.
+that start jobs of their own. Parts that leave a core idle run beside each other. Every line that a rank other than 0
+prints is marked with its rank.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from .part import Part, search_path
+from .part import ROOT, Part, search_path
 from .summary import summarize, summarize_runs
 
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py")
 _PARTS = ("unit", "ranks", "jobs")
 _LANES = 2  # of parts that run beside each other
+# The other half of the tests that start jobs have time limits, and take about as long.
+_JOBS_WITHOUT_LIMITS = ("test_benchmarks", "test_documents", "test_elastic", "test_runner", "test_wheel")
 
 
 def _pytest(paths: Sequence[str], arguments: list[str]) -> list[str]:
@@ -33,7 +35,7 @@ def _unit(arguments: list[str]) -> Iterator[Part]:
     for number in range(1, _LANES + 1):
         share = {"HVD_COMPRESS_TEST_SHARE": f"{number}/{_LANES}"}
         command = [sys.executable, *_pytest(["mpi_tests/unit"], ["-p", "no:cacheprovider", *arguments])]
-        yield Part(f"unit, {number} of {_LANES}", command, share)
+        yield Part(f"unit, {number} of {_LANES}", command, share, beside="processes")
 
 
 def _ranks(backend: str, size: int, arguments: list[str], **environment: str) -> Part:
@@ -50,8 +52,17 @@ def _ranks(backend: str, size: int, arguments: list[str], **environment: str) ->
         f"ranks: {backend}, {size}{extra}",
         [*launcher, *_pytest(["mpi_tests/ranks"], [*options, *arguments])],
         {"HVD_COMPRESS_BACKEND": backend, **environment},
-        size,
+        beside={1: "processes", 2: "pairs"}.get(size, ""),  # pairs wait much for each other
     )
+
+
+def _jobs(arguments: list[str]) -> Iterator[Part]:
+    """Tests that start jobs of their own, and mostly wait for them, in two halves of about the same length."""
+    names = sorted(path.stem for path in (ROOT / "mpi_tests" / "jobs").glob("test_*.py"))
+    halves = [[name for name in names if (name in _JOBS_WITHOUT_LIMITS) == without] for without in (True, False)]
+    for number, half in enumerate(halves, start=1):
+        paths = [f"mpi_tests/jobs/{name}.py" for name in half]
+        yield Part(f"jobs, {number} of 2", [sys.executable, *_pytest(paths, arguments)], beside="jobs")
 
 
 def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
@@ -65,17 +76,18 @@ def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
         if "mpi4py" in options.backends and 2 in options.sizes:
             yield _ranks("mpi4py", 2, arguments, MPI4PY_RC_THREAD_LEVEL="serialized")
     if "jobs" in options.only:
-        yield Part("jobs", [sys.executable, *_pytest(["mpi_tests/jobs"], arguments)], processes=4)
+        yield from _jobs(arguments)
 
 
 def _run(parts: Sequence[Part]) -> None:
-    """Those of one process beside each other, then those of two, whose ranks wait much; then one after the other."""
-    for processes in (1, 2):
-        small = [part for part in parts if part.processes == processes]
-        if len(small) > 1 and (os.cpu_count() or 1) > 1:
-            _run_beside(small)
+    """One after the other, but those with the same word in `beside` together."""
     for part in parts:
-        if part.ending == "did not run":
+        if part.ending != "did not run":
+            continue
+        together = [other for other in parts if other.beside and other.beside == part.beside]
+        if len(together) > 1 and (os.cpu_count() or 1) > 1:
+            _run_beside(together)
+        else:
             part.run()
 
 

@@ -33,7 +33,7 @@ class Part:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    processes: int = 1  # that keep a core busy
+    beside: str = ""  # parts with the same word run beside each other; none: alone
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
