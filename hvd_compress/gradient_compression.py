@@ -176,6 +176,7 @@ class GradientCompression(Session):
         for member in {self, *filter(GradientCompression._is_stale, self._roll.members)}:
             member.settle()
             member.detach()
+            member._taken = Taken()
             member._enlist()
         self.progress = progress
 
