@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import sys
 from collections.abc import Collection, Iterable, Sequence
-from types import FrameType
 
 import torch
 from torch import Tensor
 
+from .calls import callers
 from .compressors import Slot, SummedCompressor
 from .compressors.base import Compressor
 from .memory import ErrorFeedback
@@ -94,12 +93,9 @@ def calling_optimizer(compression: object) -> torch.optim.Optimizer | None:
 
     Its method is among the calls under way. None if something else calls.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
+    for caller in callers():
         if isinstance(caller, torch.optim.Optimizer) and getattr(caller, "_compression", None) is compression:
             return caller
-        frame = frame.f_back
     return None
 
 

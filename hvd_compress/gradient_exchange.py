@@ -113,7 +113,7 @@ class GradientExchange:
         for index in self._taken if unscaled else ():
             mine.note(index, Fact.CHANGED)
         agreed = self.agreement.put_together(mine)
-        names = [slot.name for slot in self.compression.slots]
+        names = self.compression.names
         error = disagreement.find(self.agreement, mine, agreed, names, fault)
         if error or agreed.general(General.THREW):
             self._drain(agreed.where(Fact.HANDED_IN))

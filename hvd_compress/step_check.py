@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 
 import torch
 from torch import Tensor
 
 from .binding import Binding
+from .calls import callers
 from .compressors import Compressor
 
 # torch.amp has it from torch 2.3 on.
@@ -75,12 +74,7 @@ class Taken:
 
 def called_by_grad_scaler() -> bool:
     """Whether a GradScaler's method is among the calls under way."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), _GRAD_SCALERS):
-            return True
-        frame = frame.f_back
-    return False
+    return any(isinstance(caller, _GRAD_SCALERS) for caller in callers())
 
 
 def problem_of(optimizer: torch.optim.Optimizer | None, compressor: Compressor, binding: Binding) -> str | None:

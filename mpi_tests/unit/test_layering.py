@@ -37,7 +37,7 @@ LAYERS = [
     {"compressors"},
     {"wire", "memory", "requests", "telemetry", "schedules"},
     {"kernels"},
-    {"version", "log"},
+    {"version", "log", "calls"},
 ]
 # Who may reach for the other side of a layer.
 SIDEWAYS = {("mpi", "compression")}
