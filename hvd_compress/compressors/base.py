@@ -6,16 +6,16 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES, RESIDUALS, SPARE, ErrorFeedback
-from ..requests import Allgather, Allreduce, Exchange, Request
+from ..requests import Allgather, Allreduce, Exchange, ReduceOp
 from ..schedules import value_at
 from .footprint import Sent
 
@@ -157,7 +157,65 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-class SparsifyingCompressor(Compressor):
+class Common(NamedTuple):
+    """What `Codec.common` gave: here, and the largest that it gave on any rank."""
+
+    mine: float
+    largest: float
+
+
+class Codec(Compressor):
+    """An algorithm that sends frames: how one rank's frame is made, and how those of all ranks add up.
+
+    `exchange` moves one gradient by itself. Topologies move many together, by the same frames.
+    """
+
+    def common(self, slot: Slot, gradient: Tensor) -> float | None:
+        """What all ranks must know the largest of before they encode; infinity for a gradient that is not finite.
+
+        None where there is no such thing.
+        """
+        return None
+
+    @abc.abstractmethod
+    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
+        """What this rank sends of `gradient`; proposes the new residual, if there is one."""
+
+    @abc.abstractmethod
+    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+        """Put the sum of what all ranks' payloads say, in rank order, divided by `divisor`, into `out`.
+
+        out: float32 [numel], on the CPU. Returns a bound of |out|, finite exactly if that is. Raises
+        kernels.PayloadError, as the kernels do.
+        """
+
+    def grouped(self, slot: Slot) -> bool:
+        """Whether this parameter travels by frames, hence can travel in one message with others."""
+        return True
+
+    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+        mine, common = self.common(slot, gradient), None
+        if mine is not None:
+            largest: Tensor = yield Allreduce(torch.tensor([mine], dtype=torch.float32), ReduceOp.MAX)
+            common = Common(mine, float(largest))
+        sent = self.frame(slot, gradient, common)
+        answers: list[Tensor] = yield Allgather(wire.pack(sent, slot.frame), last=True)
+        frames = unpack(sent, answers, slot)
+        payloads, flags = [frame.payload for frame in frames], [frame.flags for frame in frames]
+        return add_up(self, slot, gradient, payloads, flags)
+
+    def framed(
+        self, slot: Slot, gradient: Tensor, payload: Tensor | None, *, rate: float = 0.0, flags: int = 0
+    ) -> wire.Frame:
+        """A frame with this payload; None says that this rank's gradient is not finite."""
+        if payload is None:
+            payload, flags = _NOTHING, wire.NON_FINITE
+        return wire.Frame(
+            self.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags
+        )
+
+
+class SparsifyingCompressor(Codec):
     """An algorithm with error feedback that sends some of what has accumulated, in one pass of a kernel."""
 
     stateful = True
@@ -169,10 +227,6 @@ class SparsifyingCompressor(Compressor):
         `gradient`: [numel], of a type that the kernels read; `residual` and `kept`: float32 [numel]. `kept` becomes
         gradient + residual, less what receivers will see of it; where the payload is too large, less nothing.
         """
-
-    @abc.abstractmethod
-    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-        """As gather_sum's, of payloads of this slot."""
 
     @abc.abstractmethod
     def rate_of(self, slot: Slot) -> float:
@@ -193,7 +247,7 @@ class SparsifyingCompressor(Compressor):
         residual = 4 * slot.shape.numel()
         return {RESIDUALS: residual, SPARE: residual, FRAMES: self.frame_held(slot)}
 
-    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         kept = slot.memory.room(slot.name, gradient)
         residual = slot.memory.residual(slot.name, kept.device)
         encoded, flags = self.encode(slot, flat(gradient), residual, kept, dense_room(gradient)), 0
@@ -204,8 +258,7 @@ class SparsifyingCompressor(Compressor):
             payload = dense if max_abs(sent) < math.inf else None  # too large for the gradient's own type
         if payload is not None:
             slot.memory.propose(slot.name, kept)
-        add = functools.partial(self.add, slot)
-        return (yield from gather_sum(self, slot, gradient, payload, add, rate=self.rate_of(slot), flags=flags))
+        return self.framed(slot, gradient, payload, rate=self.rate_of(slot), flags=flags)
 
 
 def most_room(numel: int) -> int:
@@ -234,42 +287,23 @@ def max_abs(values: Tensor) -> float:
     return float(kernels.of(values).largest(values))
 
 
-Add = Callable[[Sequence[Tensor], float, Tensor], float]
+def add_up(
+    codec: Codec, slot: Slot, gradient: Tensor, payloads: Sequence[Tensor], flags: Sequence[int]
+) -> Tensor | None:
+    """The sum of what all ranks' payloads say, in rank order: float32 [numel], the same bits on all ranks.
 
-
-def gather_sum(
-    compressor: Compressor,
-    slot: Slot,
-    gradient: Tensor,
-    payload: Tensor | None,
-    add: Add,
-    *,
-    rate: float = 0.0,
-    flags: int = 0,
-) -> Generator[Request, Any, Tensor | None]:
-    """Gather every rank's payload and add what they decode to, in rank order: float32 [numel], the same bits on all.
-
-    `payload` None says that this rank's gradient is not finite; then, on every rank, the sum is None.
-    `add(payloads, divisor, out)` puts the sum of all, divided by `divisor`, into `out`, float32 [numel] on the CPU, as
-    a kernel does: it returns a bound of |out|, finite exactly if that is, and raises kernels.PayloadError.
+    flags: of the payloads' frames. None when the gradient of any rank is not finite.
     """
-    if payload is None:
-        payload, flags = _NOTHING, wire.NON_FINITE
-    sent = wire.Frame(
-        compressor.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags
-    )
-    answers: list[Tensor] = yield Allgather(wire.pack(sent, slot.frame), last=True)
-    frames = unpack(sent, answers, slot)
-    if not all(frame.finite for frame in frames):
+    if any(flag & wire.NON_FINITE for flag in flags):
         return None
     out = slot.out
     if out is None:
         out = torch.empty(gradient.numel(), dtype=torch.float32, device=gradient.device)
-    if any(frame.dense for frame in frames):
-        add = functools.partial(_add_some_dense, frames, add)
-    payloads = [frame.payload for frame in frames]
+    add = codec.add
+    if any(flag & wire.DENSE for flag in flags):
+        add = functools.partial(_add_some_dense, codec, flags, gradient.dtype)
     try:
-        slot.bound = kernels.on_host(lambda host: add(payloads, slot.divisor, host), out)
+        slot.bound = kernels.on_host(lambda host: add(slot, payloads, slot.divisor, host), out)
     except kernels.PayloadError as error:
         raise wire.WireError(error.rank, slot.name, "a payload that decodes", error) from error
     slot.divided = True
@@ -280,17 +314,23 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def _add_some_dense(
-    frames: Sequence[wire.Frame], add: Add, payloads: Sequence[Tensor], divisor: float, out: Tensor
+    codec: Codec,
+    flags: Sequence[int],
+    dtype: torch.dtype,
+    slot: Slot,
+    payloads: Sequence[Tensor],
+    divisor: float,
+    out: Tensor,
 ) -> float:
-    """As `add`, where some payloads are the dense tensor."""
+    """As `Codec.add`, where some payloads are the dense tensor."""
     out.zero_()
     one = torch.empty_like(out)
-    for rank, (frame, payload) in enumerate(zip(frames, payloads)):
+    for rank, (flag, payload) in enumerate(zip(flags, payloads)):
         try:
-            if frame.dense:
-                one.copy_(decode_dense(frame))
+            if flag & wire.DENSE:
+                one.copy_(decode_dense(payload, dtype, out.numel()))
             else:
-                add([payload], 1.0, one)
+                codec.add(slot, [payload], 1.0, one)
         except ValueError as error:
             raise kernels.PayloadError(rank, str(error)) from error
         out += one
@@ -310,10 +350,10 @@ def encode_dense(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return cast.contiguous().view(-1).view(torch.uint8), cast.view(-1).to(torch.float32)
 
 
-def decode_dense(frame: wire.Frame) -> Tensor:
-    if frame.payload.numel() != frame.numel * frame.dtype.itemsize:
-        raise ValueError(f"{frame.payload.numel()} bytes for {frame.numel} dense elements of {frame.dtype}")
-    return frame.payload.clone().view(frame.dtype).to(torch.float32)  # a copy: float64 needs 8-byte alignment
+def decode_dense(payload: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
+    if payload.numel() != numel * dtype.itemsize:
+        raise ValueError(f"{payload.numel()} bytes for {numel} dense elements of {dtype}")
+    return payload.clone().view(dtype).to(torch.float32)  # a copy: float64 needs 8-byte alignment
 
 
 def unpack(sent: wire.Frame, answers: Sequence[Tensor], slot: Slot) -> list[wire.Frame]:

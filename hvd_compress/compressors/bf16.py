@@ -9,13 +9,12 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES
-from ..requests import Exchange
-from .base import Compressor, Slot, flat, gather_sum
+from .base import Codec, Common, Slot, flat
 from .footprint import Sent
 
 
 @dataclass(frozen=True)
-class BF16Compressor(Compressor):
+class BF16Compressor(Codec):
     """Round to the nearest bfloat16 (ties to even) on every rank; the sum of those is exact to float32 rounding."""
 
     algorithm = 2
@@ -26,13 +25,12 @@ class BF16Compressor(Compressor):
     def held(self, slot: Slot) -> dict[str, int]:
         return {FRAMES: wire.frame_bytes(2 * slot.shape.numel())}
 
-    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         values = flat(gradient)
         payload: Tensor | None = slot.room(2 * values.numel())
         if kernels.of(values).bfloat_encode(values, payload) == kernels.NOT_FINITE:
             payload = None
-        return (yield from gather_sum(self, slot, gradient, payload, _add, rate=16.0))
+        return self.framed(slot, gradient, payload, rate=16.0)
 
-
-def _add(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-    return float(kernels.of(out).bfloat_sum(payloads, divisor, out))
+    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+        return float(kernels.of(out).bfloat_sum(payloads, divisor, out))

@@ -17,12 +17,12 @@ from .. import kernels, wire
 from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, key
 from ..requests import Allreduce, Exchange
 from ..schedules import Rate, density_at, entries_of
-from .base import Compressor, Slot, flat32, frame_room, gather_sum, max_abs
+from .base import Codec, Common, Slot, flat32, frame_room, max_abs
 from .footprint import Sent
 
 
 @dataclass(frozen=True)
-class DGCCompressor(Compressor):
+class DGCCompressor(Codec):
     """Sends the largest of what has accumulated of u, where u <- momentum * u + gradient, six bytes an entry.
 
     Where an entry is sent, u starts anew as well (momentum factor masking). A tensor of which everything is sent, since
@@ -62,16 +62,23 @@ class DGCCompressor(Compressor):
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must not be negative: {self.weight_decay}")
 
+    def grouped(self, slot: Slot) -> bool:
+        return slot.compressed and saves(slot.shape.numel(), entries_of(self.density_of(slot), slot.shape.numel()))
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+        if self.grouped(slot):
+            return (yield from super().exchange(slot, gradient))
+        velocity, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
+        total: Tensor = yield Allreduce(slot.memory.compensate(slot.name, step), last=True)
+        if max_abs(total) == math.inf:
+            return None
+        self._propose(slot, velocity, torch.zeros_like(step))
+        return total
+
+    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         density = self.density_of(slot)
         k = entries_of(density, gradient.numel())
         velocity, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
-        if not (slot.compressed and saves(gradient.numel(), k)):
-            total: Tensor = yield Allreduce(slot.memory.compensate(slot.name, step), last=True)
-            if max_abs(total) == math.inf:
-                return None
-            self._propose(slot, velocity, torch.zeros_like(step))
-            return total
         payload: Tensor | None = slot.room(kernels.sparse_bytes(step.numel(), k))
         kept, residual = slot.memory.room(slot.name, step), slot.memory.residual(slot.name, step.device)
         kernel = kernels.of(step)
@@ -81,7 +88,10 @@ class DGCCompressor(Compressor):
             assert payload is not None
             velocity[kernel.sparse_positions(payload, step.numel()).to(velocity.device)] = 0
             self._propose(slot, velocity, kept)
-        return (yield from gather_sum(self, slot, gradient, payload, _add, rate=density))
+        return self.framed(slot, gradient, payload, rate=density)
+
+    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+        return float(kernels.of(out).sparse_sum(payloads, divisor, out))
 
     def sent(self, slot: Slot) -> Sent:
         payload = self._payload_bytes(slot)
@@ -159,7 +169,3 @@ class DGCCompressor(Compressor):
 def saves(numel: int, entries: int) -> bool:
     """Whether a frame of so many entries is smaller than all values, float32, are."""
     return wire.frame_bytes(kernels.sparse_bytes(numel, entries)) < 4 * numel
-
-
-def _add(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-    return float(kernels.of(out).sparse_sum(payloads, divisor, out))

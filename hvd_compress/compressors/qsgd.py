@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from torch import Tensor
 from .. import kernels, wire
 from ..kernels.quantise import levels_of
 from ..memory import FRAMES
-from ..requests import Exchange
 from ..schedules import Rate, describe
-from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, frame_room, gather_sum, max_abs
+from .base import Codec, Common, Slot, dense_room, encode_dense, flat, flat32, frame_room, max_abs
 from .footprint import Sent
 
 _NORMS = ("max", "l2")
@@ -23,7 +21,7 @@ _MOST_BITS = 8
 
 
 @dataclass(frozen=True)
-class QSGDCompressor(Compressor):
+class QSGDCompressor(Codec):
     """Unbiased, without state; `bits` an element, packed, and a float32 norm a bucket.
 
     bits: 1 to 8, or a schedule of it. A value is rounded at random to one of 2**(bits - 1) - 1 levels of its bucket's
@@ -57,7 +55,7 @@ class QSGDCompressor(Compressor):
         saves = self._saves(numel, bits)
         return {FRAMES: frame_room(kernels.quantised_bytes(numel, bits, self.bucket_size)) if saves else 0}
 
-    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         values, bits = flat(gradient), self.rate_of(slot)
         kernel, flags = kernels.of(values), 0
         length = kernels.quantised_bytes(values.numel(), bits, self.bucket_size)
@@ -70,11 +68,10 @@ class QSGDCompressor(Compressor):
         else:
             payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
             finite = kernel.largest(values) < math.inf
-        payload, add = payload if finite else None, functools.partial(self._add, bits)
-        return (yield from gather_sum(self, slot, gradient, payload, add, rate=bits, flags=flags))
+        return self.framed(slot, gradient, payload if finite else None, rate=bits, flags=flags)
 
-    def _add(self, bits: int, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-        return float(kernels.of(out).quantise_sum(payloads, bits, self.bucket_size, divisor, out))
+    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+        return float(kernels.of(out).quantise_sum(payloads, self.rate_of(slot), self.bucket_size, divisor, out))
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:
         """The bits that a controller may choose from for a gradient of `shape`; none if none saves."""

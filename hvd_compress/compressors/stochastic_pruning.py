@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES, SPARE, THRESHOLD, THRESHOLDS, key
-from ..requests import Exchange
 from ..schedules import Rate, value_at
-from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, gather_sum, most_room
+from .base import Codec, Common, Slot, dense_room, encode_dense, flat, flat32, most_room
 from .footprint import Sent
 
 _NORMAL = statistics.NormalDist()
@@ -27,7 +26,7 @@ _DAMPING = 0.15  # so that it settles for uniform elements, too, of which hardly
 
 
 @dataclass(frozen=True)
-class StochasticPruningCompressor(Compressor):
+class StochasticPruningCompressor(Codec):
     """Unbiased; 2 bits an element, and 32 more for each that is not below the threshold, which is sent as it is.
 
     rate: fraction of the elements that are to be below the threshold t, in (0, 1), or a schedule of it. Of these, g
@@ -67,7 +66,7 @@ class StochasticPruningCompressor(Compressor):
     def rate_of(self, slot: Slot) -> float:
         return self.rate_at(slot.step)
 
-    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         values, rate = flat(gradient), self.rate_of(slot)
         kernel, numel, flags = kernels.of(values), values.numel(), 0
         largest, mean = kernel.magnitudes(values)
@@ -86,7 +85,10 @@ class StochasticPruningCompressor(Compressor):
                     below = numel - kernels.pruned_entries(length, numel)
                     corrected = torch.tensor([calibrated(calibration, rate, below, numel)])
                     slot.memory.propose(key(slot.name, THRESHOLD), corrected)
-        return (yield from gather_sum(self, slot, gradient, payload, _add, rate=rate, flags=flags))
+        return self.framed(slot, gradient, payload, rate=rate, flags=flags)
+
+    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+        return float(kernels.of(out).prune_sum(payloads, divisor, out))
 
 
 def normal_threshold(mean: float, rate: float) -> float:
@@ -105,7 +107,3 @@ def calibrated(calibration: float, rate: float, below: int, numel: int) -> float
 def _calibration(slot: Slot) -> float:
     known = slot.memory.residuals.get(key(slot.name, THRESHOLD))
     return 1.0 if known is None else float(known)
-
-
-def _add(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-    return float(kernels.of(out).prune_sum(payloads, divisor, out))

@@ -7,20 +7,18 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES
-from ..requests import Allreduce, Exchange, ReduceOp
-from .base import Compressor, Slot, dense_room, encode_dense, flat, flat32, frame_room, gather_sum, most_room
+from .base import Codec, Common, Slot, dense_room, encode_dense, flat, flat32, frame_room, most_room
 from .footprint import Sent
 
 _SCALER = struct.Struct("<f")
 
 
 @dataclass(frozen=True)
-class TernGradCompressor(Compressor):
+class TernGradCompressor(Codec):
     """Unbiased but for the clipping; no state; 2 bits an element.
 
     clip_sigma: gradients are clipped to +-clip_sigma standard deviations of their layer, as in the paper (section 3.2;
@@ -46,17 +44,14 @@ class TernGradCompressor(Compressor):
     def held(self, slot: Slot) -> dict[str, int]:
         return {FRAMES: frame_room(_payload_bytes(slot.shape.numel()))}
 
-    def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
+    def common(self, slot: Slot, gradient: Tensor) -> float | None:
+        return clipping_bound(flat(gradient), self.clip_sigma) if self.share_scaler else None
+
+    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         values = flat(gradient)
-        bound = clipping_bound(values, self.clip_sigma)
-        scaler = bound
-        if self.share_scaler:
-            shared: Tensor = yield Allreduce(torch.tensor([scaler], dtype=torch.float32), ReduceOp.MAX)
-            scaler = float(shared)
-            if scaler == math.inf:  # some rank's gradient is not finite, and all ranks see it here
-                return None
+        bound, scaler = common or [clipping_bound(values, self.clip_sigma)] * 2
         payload, flags = None, 0
-        if bound < math.inf:
+        if scaler < math.inf:
             length = 4 + kernels.ternary_bytes(values.numel())
             if length <= dense_room(gradient):
                 payload = slot.room(length)
@@ -64,7 +59,10 @@ class TernGradCompressor(Compressor):
                 kernels.of(values).ternary_encode(values, bound, scaler, key, payload)
             else:
                 payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
-        return (yield from gather_sum(self, slot, gradient, payload, _add, rate=2.0, flags=flags))
+        return self.framed(slot, gradient, payload, rate=2.0, flags=flags)
+
+    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+        return float(kernels.of(out).ternary_sum(payloads, divisor, out))
 
 
 def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:
@@ -85,7 +83,3 @@ def _payload_bytes(numel: int) -> int:
     """Of a float32 gradient; 0 where it saves nothing."""
     length = 4 + kernels.ternary_bytes(numel)
     return length if length <= most_room(numel) else 0
-
-
-def _add(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-    return float(kernels.of(out).ternary_sum(payloads, divisor, out))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvd_compress import kernels
 from hvd_compress.compressors import BF16Compressor, Slot
-from hvd_compress.compressors.base import gather_sum
+from hvd_compress.compressors.base import add_up
 from hvd_compress.kernels import choice
 from hvd_compress.wire import DENSE
 
@@ -75,14 +75,9 @@ def exchanged(flags: int) -> tuple[torch.Tensor, float, Copies]:
     slot = Slot("weight", 0, torch.Size([NUMEL]))
     gradient = torch.empty(NUMEL, device="meta")
 
-    def add(payloads, divisor, out):
-        return kernels.of(out).bfloat_sum(payloads, divisor, out)
-
-    exchange = gather_sum(BF16Compressor(), slot, gradient, payload, add, rate=16.0, flags=flags)
-    frame = next(exchange).frame
-    with Copies() as copies, pytest.raises(StopIteration) as end:
-        exchange.send([frame])
-    return end.value.value, slot.bound, copies
+    with Copies() as copies:
+        total = add_up(BF16Compressor(), slot, gradient, [payload], [flags])
+    return total, slot.bound, copies
 
 
 @pytest.mark.parametrize("flags", [0, DENSE])
