@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from common import Shard, check_equal, fingerprint  # of the examples, whose directory accuracy_methods has added
-from hvd_compress.compressors import Compressor, MaskedCompressor
+from hvd_compress.compressors import MaskedCompressor
 from hvd_compress.local import LocalRanks
-from hvd_compress.requests import Allgather
+from hvd_compress.requests import Member
 
 Combination = tuple[str, str, int]  # task, method, seed
 
@@ -133,24 +134,28 @@ def _leave_unread(compression: Any) -> None:
     """
     if isinstance(compression.compressor, MaskedCompressor):
         return  # it gathers hashes alone, which have to be looked at
-    usual = compression._compressor_of
-    compression._compressor_of = lambda index, gradient: _Unread(usual(index, gradient))
+    usual = compression._exchange_of
+
+    def exchange_of(*arguments: Any) -> Any:
+        exchange = usual(*arguments)
+        return Member(_Unread(exchange.topology), exchange.part) if isinstance(exchange, Member) else exchange
+
+    compression._exchange_of = exchange_of
 
 
-class _Unread(Compressor):
-    def __init__(self, usual: Compressor) -> None:
-        self._usual = usual
+@dataclass(frozen=True)
+class _Unread:
+    """A topology whose last answer nobody reads; what comes of it is all zeros."""
 
-    def exchange(self, slot: Any, gradient: Tensor) -> Any:
-        exchange = self._usual.exchange(slot, gradient)
-        try:
-            request = next(exchange)
-            while not isinstance(request, Allgather):
-                request = exchange.send((yield request))
-            yield request
-        except StopIteration as end:
-            return end.value
-        return torch.zeros(gradient.numel())
+    usual: Any
+
+    def reduce(self, parts: Any) -> Any:
+        exchange = self.usual.reduce(parts)
+        request = next(exchange)
+        while not request.last:
+            request = exchange.send((yield request))
+        yield request
+        return [torch.zeros(part.gradient.numel()) for part in parts]
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .requests import Allreduce, Broadcast, Exchange, Request, sent_bytes
+from .requests import Allreduce, Broadcast, Exchange, GroupExchange, Member, Request, Topology, sent_bytes
 from .telemetry import Collective, Telemetry
 from .transports.base import Pending, Transport
 
@@ -25,29 +25,59 @@ _ABANDON_POLL_SECONDS = 1e-3
 
 
 class Ticket:
-    """One gradient's exchange under way."""
+    """One gradient's part in an exchange under way."""
 
-    def __init__(self, index: int, exchange: Exchange, bucket: Bucket) -> None:
+    def __init__(self, index: int, bucket: Bucket) -> None:
         self.index = index
         self.bucket = bucket
         self.sent_bytes = 0
         self.total: Tensor | None = None  # the sum over the ranks; None: not finite on some rank
         self.done = False
+
+
+class Run:
+    """An exchange under way, of one gradient or of a group."""
+
+    def __init__(
+        self, tickets: Sequence[Ticket], exchange: Exchange | GroupExchange, bucket: Bucket, group: int | None
+    ):
+        self.tickets = tickets
         self.request: Request | None = None
+        self.done = False
         self._exchange = exchange
+        self._bucket = bucket
+        self._group = group  # its number in the bucket
         self.advance(None)
+
+    @property
+    def kind(self) -> str:
+        """What runs must share for their requests to travel as one collective; those of a group travel alone."""
+        assert self.request is not None
+        return _kind(self.request) + ("" if self._group is None else f".{self._group}")
 
     def advance(self, answer: Any) -> None:
         """Resume the exchange with `answer`, up to its next request or its end."""
-        if (spans := self.bucket.telemetry.spans) is not None:
+        if (spans := self._bucket.telemetry.spans) is not None:
             spans.begin()
         try:
             self.request = self._exchange.send(answer)
         except StopIteration as end:
-            self.total, self.request, self.done = end.value, None, True
+            totals = [end.value] if self._group is None else end.value
+            for ticket, total in zip(self.tickets, totals):
+                ticket.total, ticket.done = total, True
+            self.request, self.done = None, True
         finally:
             if spans is not None:
                 spans.end("decode" if self.done else "encode")
+
+    def count(self) -> int:
+        """Note what the request sends as sent by the gradients; returns how much that is in bytes."""
+        assert self.request is not None
+        size = sent_bytes(self.request)
+        shares = getattr(self.request, "shares", None) or _shared_out(size, len(self.tickets))
+        for ticket, share in zip(self.tickets, shares):
+            ticket.sent_bytes += share
+        return size
 
 
 class Bucket:
@@ -58,6 +88,8 @@ class Bucket:
         self.place = place  # among the buckets, the same on every rank: number, and whether it is a late one
         self.telemetry = telemetry
         self.tickets: dict[int, Ticket] = {}
+        self.runs: list[Run] = []
+        self._members: dict[int, Member] = {}  # that wait for `start`
         self.finished = threading.Event()
         self.last = False  # whether the round under way is the last one
         self._transport = transport
@@ -65,26 +97,44 @@ class Bucket:
         self._failure: BaseException | None = None
         self._pending: list[_Posted] = []
 
+    def add(self, index: int, exchange: Exchange | Member) -> Ticket:
+        """Take in one gradient; what is not exchanged by itself waits for `start`."""
+        ticket = self.tickets[index] = Ticket(index, self)
+        if isinstance(exchange, Member):
+            self._members[index] = exchange
+        else:
+            self.runs.append(Run([ticket], exchange, self, None))
+        return ticket
+
+    def start(self) -> None:
+        """All gradients are in: begin the exchanges of groups."""
+        groups: dict[Topology, list[int]] = {}
+        for index in sorted(self._members):
+            groups.setdefault(self._members[index].topology, []).append(index)
+        for number, (topology, indices) in enumerate(groups.items()):
+            exchange = topology.reduce([self._members[index].part for index in indices])
+            self.runs.append(Run([self.tickets[index] for index in indices], exchange, self, number))
+        self._members.clear()
+        self.runs.sort(key=lambda run: run.tickets[0].index)
+
     def post(self) -> None:
         """Send the waiting requests, those of a kind as one collective; at the end of the last round, finish."""
-        kinds: dict[str, list[tuple[Ticket, Request]]] = {}
-        for index in sorted(self.tickets):
-            ticket = self.tickets[index]
-            if ticket.request is not None:
-                kinds.setdefault(_kind(ticket.request), []).append((ticket, ticket.request))
+        kinds: dict[str, list[Run]] = {}
+        for run in self.runs:
+            if run.request is not None:
+                kinds.setdefault(run.kind, []).append(run)
         self._pending = []
-        self.last = all(request.last for waiting in kinds.values() for _, request in waiting)
+        self.last = all(run.request.last for runs in kinds.values() for run in runs)  # type: ignore[union-attr]
         for kind in sorted(kinds):  # one order on every rank
-            tickets, requests = zip(*kinds[kind])
-            sizes = [sent_bytes(request) for request in requests]
-            for ticket, size in zip(tickets, sizes):
-                ticket.sent_bytes += size
+            size = sum(run.count() for run in kinds[kind])
+            requests = [run.request for run in kinds[kind] if run.request is not None]
             now = time.perf_counter()
             pending = self._transport.post(f"{self.key}.{self._round}.{kind}", requests)
-            self._pending.append(_Posted(kind, tickets, pending, sum(sizes), now))
+            self._pending.append(_Posted(_kind(requests[0]), kinds[kind], pending, size, now))
         self._round += 1
         if not self._pending:
             self.tickets.clear()  # they hold gradients, and this bucket: the garbage collector would come late
+            self.runs.clear()
             self.finished.set()
 
     def advance(self, *, block: bool, meanwhile: Callable[[], None] | None = None) -> None:
@@ -103,11 +153,11 @@ class Bucket:
             if not ready:
                 self._wait(meanwhile)
             pending, self._pending, last = self._pending, [], self.last  # handles can be waited for once
-            answered = [(posted.tickets, posted.take(self.telemetry, waited=not ready)) for posted in pending]
-            for tickets, answers in answered:
-                for ticket, answer in zip(tickets, answers):
-                    ticket.advance(answer)
-            if last and not all(ticket.done for ticket in self.tickets.values()):
+            answered = [(posted.runs, posted.take(self.telemetry, waited=not ready)) for posted in pending]
+            for runs, answers in answered:
+                for run, answer in zip(runs, answers):
+                    run.advance(answer)
+            if last and not all(run.done for run in self.runs):
                 raise RuntimeError(f"an exchange of bucket {self.key} asks on after a request that it called its last")
             self.post()
         except BaseException as error:  # stays the error of all who ask for a gradient of this bucket
@@ -148,10 +198,10 @@ class Bucket:
 
 @dataclass(frozen=True)
 class _Posted:
-    """A collective under way, for the requests of these tickets."""
+    """A collective under way, for the requests of these exchanges."""
 
     kind: str
-    tickets: Sequence[Ticket]
+    runs: Sequence[Run]
     pending: Pending
     sent_bytes: int
     since: float
@@ -181,8 +231,8 @@ class Engine:
         self._first: Ticket | None = None  # to be done before all others
         self._running: list[Bucket] = []
 
-    def submit(self, index: int, exchange: Exchange) -> Ticket:
-        """Start the exchange of parameter `index`."""
+    def submit(self, index: int, exchange: Exchange | Member) -> Ticket:
+        """Start the exchange of parameter `index`, or of its group once all of that are there."""
         number = self._bucket_of[index]
         arrived = self._arrived.setdefault(number, set())
         if index in arrived:
@@ -191,10 +241,12 @@ class Engine:
         key = f"{self._prefix}.{number}{'.late' if late else ''}"
         if (bucket := self._open.get(key)) is None:
             bucket = self._open[key] = Bucket(key, (number, late), self.transport, self.telemetry)
-        ticket = bucket.tickets[index] = Ticket(index, exchange, bucket)
+        ticket = bucket.add(index, exchange)
         arrived.add(index)
         if not late and bucket.tickets.keys() == self._expected[number]:
-            self._launch(self._open.pop(key))
+            self._open.pop(key)
+            bucket.start()
+            self._launch(bucket)
         self.poll()
         return ticket
 
@@ -226,6 +278,7 @@ class Engine:
         if (spans := self.telemetry.spans) is not None:
             spans.begin()
         for bucket in sorted(self._open.values(), key=lambda bucket: bucket.place):
+            bucket.start()
             self._launch(bucket)
         self._open.clear()
         self._expected.update(self._arrived)
@@ -274,4 +327,9 @@ def _kind(request: Request) -> str:
         return f"allreduce.{request.op.value}.{request.tensor.dtype}.{request.tensor.device.type}"
     if isinstance(request, Broadcast):
         return f"broadcast.{request.root}.{request.tensor.dtype}.{request.tensor.device.type}"
-    return type(request).__name__.lower()
+    return type(request).__name__.lower().removesuffix("parts")
+
+
+def _shared_out(size: int, count: int) -> list[int]:
+    """`size` in `count` parts that are as equal as can be."""
+    return [(size * (number + 1)) // count - (size * number) // count for number in range(count)]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .engine import Bucket, Engine, Ticket
 from .log import log
-from .requests import Exchange
+from .requests import Exchange, Member
 from .transports.base import Transport
 
 _WARNING_SECONDS = 60.0  # of waiting during backward
@@ -43,7 +43,7 @@ class PacedEngine(Engine):
         """Whether later rounds are posted during backward; decided alike on all ranks, between two steps."""
         self._paced = on
 
-    def submit(self, index: int, exchange: Exchange) -> Ticket:
+    def submit(self, index: int, exchange: Exchange | Member) -> Ticket:
         try:
             return super().submit(index, exchange)
         except BaseException as error:

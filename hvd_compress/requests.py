@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Protocol, Union
 
 from torch import Tensor
 
@@ -54,11 +54,47 @@ class Alltoall:
     last: bool = False
 
 
-Request = Union[Allreduce, Allgather, Broadcast, Alltoall]
+@dataclass(frozen=True)
+class AllgatherParts:
+    """As Allgather, of many gradients at once. Answer: for every rank the concatenation of its parts, uint8 [bytes]."""
+
+    parts: Sequence[Tensor]  # uint8, at least one
+    shares: Sequence[int]  # bytes that count as those of each gradient
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class AlltoallParts:
+    """As Alltoall, of many gradients at once. Answer: from every rank the concatenation of what it addressed to this
+    one, uint8 [bytes]."""
+
+    parts: Sequence[Sequence[Tensor]]  # by destination rank; what a rank addresses to itself may be left out
+    shares: Sequence[int]  # bytes that count as those of each gradient
+    last: bool = False
+
+
+Request = Union[Allreduce, Allgather, Broadcast, Alltoall, AllgatherParts, AlltoallParts]
 
 # The whole communication of one gradient: yields requests, receives their answers, returns the sum over ranks as
 # float32 [numel], or None when the gradient of any rank is not finite.
 Exchange = Generator[Request, Any, Union[Tensor, None]]
+# The same for several gradients; returns a sum, or None, for each.
+GroupExchange = Generator[Request, Any, Sequence[Union[Tensor, None]]]
+
+
+class Topology(Protocol):
+    """Who sends what to whom, for gradients that travel together. Equal ones are taken for the same."""
+
+    def reduce(self, parts: Sequence[Any]) -> GroupExchange:
+        """Exchange these; every rank gives the same ones, in the same order."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A gradient that is exchanged together with the others of its bucket that have an equal topology."""
+
+    topology: Topology
+    part: Any
 
 
 def sent_bytes(request: Request) -> int:
@@ -67,6 +103,8 @@ def sent_bytes(request: Request) -> int:
     An Allreduce or a Broadcast counts its tensor once, on every rank alike: what they really move depends on how they
     are done, and a broadcast passes through most ranks on its way.
     """
+    if isinstance(request, (AllgatherParts, AlltoallParts)):
+        return sum(request.shares)
     if isinstance(request, Allgather):
         return request.frame.numel()
     if isinstance(request, Alltoall):

@@ -15,6 +15,7 @@ from .adaptive import Controller
 from .agreement import BYTES, agree, mismatch
 from .binding import Binding
 from .compressors import (
+    Codec,
     Compressor,
     NoneCompressor,
     Slot,
@@ -38,8 +39,10 @@ from .memory import (
     share,
     storage_bytes,
 )
+from .requests import Exchange, Member
 from .states import gather
 from .telemetry import Telemetry
+from .topologies import Gather, Part
 from .transports.base import Transport
 
 CONTROL, OPENING, CLOSING = range(3)  # indices after those of the parameters
@@ -218,7 +221,12 @@ class Session:
             self.controller.submitting(self._engine, slot, gradient)
         if self.telemetry.recording:
             self._look(compressor, slot, gradient)
-        return self._engine.submit(index, compressor.exchange(slot, gradient))
+        return self._engine.submit(index, self._exchange_of(compressor, slot, gradient))
+
+    def _exchange_of(self, compressor: Compressor, slot: Slot, gradient: Tensor) -> Exchange | Member:
+        if isinstance(compressor, Codec) and compressor.grouped(slot):
+            return Member(Gather(compressor), Part(slot, gradient))
+        return compressor.exchange(slot, gradient)
 
     @spanned
     def finish(self, ticket: Ticket, like: Tensor, *, average: bool) -> Tensor:

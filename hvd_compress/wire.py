@@ -90,14 +90,9 @@ def frame_bytes(payload_bytes: int) -> int:
     return HEADER_BYTES + payload_bytes + -payload_bytes % 4
 
 
-def pack(frame: Frame, room: Tensor | None = None) -> Tensor:
-    """Lay out `frame` as uint8 [frame_bytes], on the CPU; in `room` where that is enough.
-
-    A payload that is in its place in `room` already is not copied.
-    """
-    payload = frame.payload if frame.payload.is_cpu else frame.payload.cpu()
-    length = payload.numel()
-    header = _HEADER.pack(
+def header(frame: Frame) -> bytes:
+    """All of a frame's header but its checksum."""
+    return _HEADER.pack(
         MAGIC,
         VERSION,
         frame.algorithm,
@@ -107,8 +102,17 @@ def pack(frame: Frame, room: Tensor | None = None) -> Tensor:
         frame.parameter,
         frame.rate,
         frame.numel,
-        length,
+        frame.payload.numel(),
     )
+
+
+def pack(frame: Frame, room: Tensor | None = None) -> Tensor:
+    """Lay out `frame` as uint8 [frame_bytes], on the CPU; in `room` where that is enough.
+
+    A payload that is in its place in `room` already is not copied.
+    """
+    payload = frame.payload if frame.payload.is_cpu else frame.payload.cpu()
+    length, head = payload.numel(), header(frame)
     whole = frame_bytes(length)
     if room is None or room.numel() < whole:
         room = torch.empty(whole, dtype=torch.uint8)
@@ -117,7 +121,7 @@ def pack(frame: Frame, room: Tensor | None = None) -> Tensor:
         packed[HEADER_BYTES : HEADER_BYTES + length] = payload
     # By address: a view of a tensor takes longer to make than all this.
     start, end = packed.data_ptr(), HEADER_BYTES + length
-    ctypes.memmove(start, header + _CHECKSUM.pack(_crc32(header, payload)), HEADER_BYTES)
+    ctypes.memmove(start, head + _CHECKSUM.pack(_crc32(head, payload)), HEADER_BYTES)
     ctypes.memmove(start + end, _PADDING, whole - end)
     return packed
 
@@ -132,8 +136,8 @@ def unpack(buffer: Tensor, peer: int, parameter: str = "?") -> Frame:
     if buffer.numel() < HEADER_BYTES:
         raise WireError(peer, parameter, f"at least {HEADER_BYTES} bytes", f"{buffer.numel()} bytes")
     start = buffer.data_ptr()
-    header = ctypes.string_at(start, _HEADER.size)
-    magic, version, algorithm, dtype, flags, sender, index, rate, numel, length = _HEADER.unpack(header)
+    head = ctypes.string_at(start, _HEADER.size)
+    magic, version, algorithm, dtype, flags, sender, index, rate, numel, length = _HEADER.unpack(head)
     if magic != MAGIC:
         raise WireError(peer, parameter, f"magic {MAGIC!r}", repr(magic))
     if version != VERSION:
@@ -142,7 +146,7 @@ def unpack(buffer: Tensor, peer: int, parameter: str = "?") -> Frame:
         raise WireError(peer, parameter, f"a frame of {frame_bytes(length)} bytes", f"{buffer.numel()} bytes")
     payload, end = buffer.narrow(0, HEADER_BYTES, length), HEADER_BYTES + length
     (checksum,) = _CHECKSUM.unpack(ctypes.string_at(start + _HEADER.size, _CHECKSUM.size))
-    computed = _crc32(header, payload)
+    computed = _crc32(head, payload)
     if checksum != computed:
         raise WireError(peer, parameter, f"checksum {checksum:#010x}", f"{computed:#010x}")
     if any(ctypes.string_at(start + end, buffer.numel() - end)):

@@ -2,7 +2,7 @@
 
 from .adacomp import AdaCompCompressor
 from .alone import relative_error
-from .base import Compressor, Slot, SummedCompressor
+from .base import Codec, Compressor, Slot, SummedCompressor
 from .bf16 import BF16Compressor
 from .dgc import DGCCompressor
 from .fp16 import FP16Compressor
@@ -20,6 +20,7 @@ from .traffic import traffic, warn_if_more_than_dense
 __all__ = [
     "AdaCompCompressor",
     "BF16Compressor",
+    "Codec",
     "Compressor",
     "DGCCompressor",
     "FP16Compressor",

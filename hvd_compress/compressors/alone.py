@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import ErrorFeedback
-from ..requests import Allgather, Alltoall, Exchange, Request
+from ..requests import Allgather, Allreduce, Alltoall, Broadcast, Exchange, Request
 from .base import Compressor, Slot
 
 
@@ -56,4 +56,7 @@ def _alone(exchange: Exchange) -> Tensor | None:
 def _answer(request: Request) -> Any:
     if isinstance(request, Allgather):
         return [request.frame]
-    return list(request.frames) if isinstance(request, Alltoall) else request.tensor
+    if isinstance(request, Alltoall):
+        return list(request.frames)
+    assert isinstance(request, (Allreduce, Broadcast))  # an exchange of one gradient asks for nothing else
+    return request.tensor

@@ -210,9 +210,7 @@ class Codec(Compressor):
         """A frame with this payload; None says that this rank's gradient is not finite."""
         if payload is None:
             payload, flags = _NOTHING, wire.NON_FINITE
-        return wire.Frame(
-            self.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags
-        )
+        return wire.Frame(self.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags)
 
 
 class SparsifyingCompressor(Codec):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,15 @@ def largest_positions(values: Tensor, k: int) -> Tensor:
     payload = torch.empty(sparse.sparse_bytes(values.numel(), k), dtype=torch.uint8)
     kernel.topk_encode(values, None, torch.empty_like(values), k, payload)
     return kernel.sparse_positions(payload, values.numel())
+
+
+def find_frames(
+    buffers: Sequence[Tensor], starts: np.ndarray, expected: bytes, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """As native.find_frames; None, too, where there are no kernels."""
+    if in_use() == "torch":
+        return None
+    return native.find_frames(starts, np.fromiter(map(Tensor.numel, buffers), np.int64, len(buffers)), expected, count)
 
 
 def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:

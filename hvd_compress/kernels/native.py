@@ -6,7 +6,7 @@ import ctypes
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from ctypes import c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .gaps import token_width
 from .moments import deviation
+from .payloads import Payloads
 from .quantise import quantised_bytes
 from .sparse import sparse_bytes
 from .ternary import ternary_bytes
@@ -44,11 +45,12 @@ _LIBRARY = Path(__file__).with_name("_native.so")
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_select": (c_int, [c_int]),
     "hc_crc32": (c_uint32, [c_uint32, c_void_p, c_size_t]),
+    "hc_frames": (c_int, [c_void_p, c_void_p, c_int, c_char_p, c_size_t, c_void_p, c_void_p, c_void_p]),
     "hc_moments": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_magnitudes": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_largest": (c_int32, [c_void_p, c_int, c_size_t]),
     "hc_ternary_encode": (None, [c_void_p, c_int, c_size_t, c_float, c_float, c_uint64, c_void_p]),
-    "hc_ternary_sum": (c_int32, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p]),
+    "hc_ternary_sum": (c_int32, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_quantise_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_int, c_uint64, c_void_p]),
     "hc_quantise_sum": (c_int32, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_float, c_void_p]),
     "hc_accumulate": (c_int32, [c_void_p, c_int, c_size_t, c_void_p, c_void_p]),
@@ -116,6 +118,22 @@ def crc32(header: bytes, payload: Tensor) -> int:
     return int(_library.hc_crc32(zlib.crc32(header), payload.data_ptr(), payload.numel()))
 
 
+def find_frames(
+    starts: np.ndarray, sizes: np.ndarray, expected: bytes, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Where the payloads of `count` frames of every rank lie in its buffer: offsets and lengths, int64, and the frames'
+    flags, uint8, all [ranks, count]. None where a frame is damaged, or is not what its header in `expected` says.
+
+    starts, sizes: int64 [ranks], of the buffers.
+    """
+    assert _library is not None
+    offsets, lengths = np.empty((2, len(starts), count), np.int64)
+    flags = np.empty((len(starts), count), np.uint8)
+    into = offsets.ctypes.data, lengths.ctypes.data, flags.ctypes.data
+    good = _library.hc_frames(starts.ctypes.data, sizes.ctypes.data, len(starts), expected, count, *into)
+    return (offsets, lengths, flags) if good == len(starts) else None
+
+
 def largest(gradient: Tensor) -> float:
     assert _library is not None
     return _magnitude(_library.hc_largest(*_array(gradient)))
@@ -148,9 +166,8 @@ def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, payl
 def ternary_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
     assert _library is not None
     _expect(payloads, 4 + ternary_bytes(out.numel()))
-    scalers = (c_float * len(payloads))(*(c_float.from_address(p.data_ptr()).value for p in payloads))
-    codes = _addresses(payloads, 4)
-    return _magnitude(_library.hc_ternary_sum(codes, scalers, len(payloads), out.numel(), divisor, out.data_ptr()))
+    shape = len(payloads), out.numel(), divisor, out.data_ptr()
+    return _magnitude(_checked(_library.hc_ternary_sum(_addresses(payloads), *shape)))
 
 
 def quantise_encode(gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, payload: Tensor) -> int:
@@ -287,8 +304,10 @@ def _magnitude(bits: int) -> float:
     return float("inf") if bits >= _INFINITY_BITS else c_float.from_buffer(c_int32(bits)).value
 
 
-def _addresses(payloads: Sequence[Tensor], offset: int = 0) -> Any:
-    return (c_void_p * len(payloads))(*(payload.data_ptr() + offset for payload in payloads))
+def _addresses(payloads: Sequence[Tensor]) -> Any:
+    if isinstance(payloads, Payloads):
+        return payloads.addresses.ctypes.data
+    return (c_void_p * len(payloads))(*(payload.data_ptr() for payload in payloads))
 
 
 def _start(residual: Tensor | None) -> int | None:
@@ -296,6 +315,8 @@ def _start(residual: Tensor | None) -> int | None:
 
 
 def _lengths(payloads: Sequence[Tensor]) -> Any:
+    if isinstance(payloads, Payloads):
+        return payloads.lengths.ctypes.data
     return (c_size_t * len(payloads))(*(payload.numel() for payload in payloads))
 
 
@@ -319,6 +340,8 @@ def _room(payload: Tensor, length: int) -> int:
 
 
 def _expect(payloads: Sequence[Tensor], length: int) -> None:
+    if isinstance(payloads, Payloads) and bool((payloads.lengths == length).all()):
+        return
     for rank, payload in enumerate(payloads):
         if payload.numel() != length:
             raise PayloadError(rank, f"{payload.numel()} bytes instead of {length}")

@@ -91,11 +91,16 @@ def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, payl
 
 
 def ternary_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
+    """Where all scalers are the same, codes are added, which is exact, and their sum is scaled."""
+    heads = [payload[: _FLOAT.size] for payload in payloads]
+    same = bool(heads) and heads[0].numel() == _FLOAT.size and all(torch.equal(head, heads[0]) for head in heads)
+    scale = _scale(heads[0]) if same else None
+
     def decode(payload: Tensor) -> Tensor:
         _expect(payload, _FLOAT.size + ternary_bytes(out.numel()))
-        return unpack_ternary(payload[_FLOAT.size :], out.numel(), _scale(payload))
+        return unpack_ternary(payload[_FLOAT.size :], out.numel(), _scale(payload) if scale is None else 1.0)
 
-    return _sum(payloads, divisor, out, decode)
+    return _sum(payloads, divisor, out, decode, 1.0 if scale is None else scale)
 
 
 def quantise_encode(gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, payload: Tensor) -> int:
@@ -228,13 +233,21 @@ def prune_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
     return _sum(payloads, divisor, out, lambda payload: decode_pruned(payload, out.numel()))
 
 
-def _sum(payloads: Sequence[Tensor], divisor: float, out: Tensor, decode: Callable[[Tensor], Tensor]) -> float:
+def _sum(
+    payloads: Sequence[Tensor],
+    divisor: float,
+    out: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    scale: float = 1.0,
+) -> float:
     out.zero_()
     for rank, payload in enumerate(payloads):
         try:
             out += decode(payload).to(out.device)
         except ValueError as error:
             raise PayloadError(rank, str(error)) from error
+    if scale != 1:
+        out *= scale
     if divisor != 1:
         out /= divisor
     return largest(out)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import wire
-from ..requests import Allgather, Allreduce, Alltoall, Broadcast, ReduceOp, Request
+from ..requests import Allgather, AllgatherParts, Allreduce, Alltoall, AlltoallParts, Broadcast, ReduceOp, Request
 
 _POLLS = 100  # before a thread that waits starts to sleep
 _SHORTEST_SLEEP_SECONDS, _LONGEST_SLEEP_SECONDS = 1e-4, 1e-3
@@ -114,6 +114,10 @@ class Transport(abc.ABC):
         if isinstance(first, Allgather):
             parts = [request.frame for request in requests]  # type: ignore[union-attr]
             return _Then(self.allgather(name, parts), lambda buffers: _frames(buffers, len(requests)))
+        if isinstance(first, AllgatherParts):  # one request, always
+            return _Then(self.allgather(name, first.parts), lambda buffers: [buffers])
+        if isinstance(first, AlltoallParts):
+            return _Then(self.alltoall(name, first.parts), lambda buffers: [buffers])
         assert isinstance(first, Alltoall)
         by_destination = list(zip(*(request.frames for request in requests)))  # type: ignore[union-attr]
         return _Then(self.alltoall(name, by_destination), lambda buffers: _frames(buffers, len(requests)))

@@ -1,5 +1,6 @@
 // The functions that Python calls, by pointers alone; they pick the level that this processor can run.
 #include "crc32.hpp"
+#include "frames.hpp"
 #include "level.hpp"
 
 #include <cstdlib>
@@ -75,6 +76,21 @@ HC_API uint32_t hc_crc32(uint32_t crc, const uint8_t* data, size_t length) {
     return ~hc::crc32_bytes(crc, data, length);
 }
 
+// Of every rank's buffer; returns the first rank that has a frame which is not as expected, or `ranks`.
+HC_API int hc_frames(
+    const uint8_t* const* buffers, const int64_t* sizes, int ranks, const uint8_t* expected, size_t count,
+    int64_t* offsets, int64_t* lengths, uint8_t* flags) {
+    for (int r = 0; r < ranks; r++) {
+        const size_t row = r * count;
+        const size_t found = hc::find_frames(
+            buffers[r], sizes[r], r, expected, count, hc_crc32, offsets + row, lengths + row, flags + row);
+        if (found < count || (count == 0 && sizes[r])) {
+            return r;
+        }
+    }
+    return ranks;
+}
+
 HC_API int32_t hc_moments(const void* x, int type, size_t numel, double* sums) {
     return level->moments(x, type, numel, sums);
 }
@@ -90,9 +106,8 @@ HC_API void hc_ternary_encode(
     level->ternary_encode(x, type, numel, bound, scaler, key, codes);
 }
 
-HC_API int32_t hc_ternary_sum(
-    const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
-    return level->ternary_sum(codes, scalers, ranks, numel, divisor, out);
+HC_API int32_t hc_ternary_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
+    return level->ternary_sum(payloads, ranks, numel, divisor, out);
 }
 
 HC_API int hc_quantise_encode(

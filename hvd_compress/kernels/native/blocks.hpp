@@ -39,18 +39,18 @@ template <class F> HC_INLINE inline void with_count(int count, F f) {
     }
 }
 
-// out = (0 + rank 0 + rank 1 + ...) / divisor; returns the largest |out| as bits.
+// out = (0 + rank 0 + rank 1 + ...) * scale / divisor; returns the largest |out| as bits.
 // add(count, place, rows, from, to) adds `count` ranks from place.rank on, in this order, to each of the `rows` rows of
 // eight from place.start on: to(row, from(row) + ...).
 template <bool STREAMED, class Add>
-int32_t sum_groups(int ranks, size_t numel, float divisor, float* out, Add add) {
+int32_t sum_groups(int ranks, size_t numel, float divisor, float* out, Add add, F8 scale = fset(1)) {
     Quotients<STREAMED> quotients(out, numel, divisor);
     alignas(32) float totals[SUM_BLOCK];
     const auto none = [](size_t) HC_INLINE { return fset(0); };
     const auto before = [&](size_t row) HC_INLINE { return fload(totals + row * LANES); };
     const auto keep = [&](size_t row, F8 total) HC_INLINE { fstore(totals + row * LANES, total); };
     for (size_t i = 0; i < numel; i += SUM_BLOCK) {
-        const auto end = [&](size_t row, F8 total) HC_INLINE { quotients.put(i + row * LANES, total); };
+        const auto end = [&](size_t row, F8 total) HC_INLINE { quotients.put(i + row * LANES, total * scale); };
         const size_t rows = numel - i < SUM_BLOCK ? (numel - i + LANES - 1) / LANES : SUM_ROWS;
         if (ranks <= GROUP) {
             with_count(ranks, [&](auto count) HC_INLINE { add(count, Place{0, i}, rows, none, end); });

@@ -67,6 +67,11 @@ void ternary_encode_(const void* x, int type, size_t numel, float bound, float s
     with_type(x, type, [&](auto* p) { ternary_encode(p, numel, bound, scaler, key, codes); });
 }
 
+int32_t ternary_sum_(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
+    void* const room = scratch(ternary_sum_scratch_bytes(ranks));
+    return room ? ternary_sum(payloads, ranks, numel, divisor, out, room) : NO_MEMORY;
+}
+
 int quantise_encode_(
     const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload) {
     uint8_t* codes = payload + 4 * ((numel + bucket - 1) / bucket);
@@ -158,7 +163,7 @@ int bfloat_encode_(const void* x, int type, size_t numel, uint8_t* out) {
 
 extern const Level LEVEL;
 const Level LEVEL = {
-    moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum, quantise_encode_, quantise_sum_,
+    moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum_, quantise_encode_, quantise_sum_,
     accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions, adacomp_encode_, gaps_sum_,
     prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  solve,
 };

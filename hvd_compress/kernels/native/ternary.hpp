@@ -157,10 +157,11 @@ inline F8 ternary_table(float scaler) {
     return fload(entries);
 }
 
-// Sum over `ranks` of scaler * code, in rank order, divided by `divisor`.
+// scale * sum over `ranks` of scaler * code, in rank order, divided by `divisor`.
 template <bool STREAMED>
 int32_t ternary_sum_as(
-    const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
+    const uint8_t* const* codes, const float* scalers, float scale, int ranks, size_t numel, float divisor,
+    float* out) {
     constexpr size_t ROWS = TERNARY_BLOCK / LANES;
     const auto add = [&](auto count, Place place, size_t rows, auto from, auto to) HC_INLINE {
         constexpr int COUNT = decltype(count)::value;
@@ -187,13 +188,28 @@ int32_t ternary_sum_as(
             }
         }
     };
-    return sum_groups<STREAMED>(ranks, numel, divisor, out, add);
+    return sum_groups<STREAMED>(ranks, numel, divisor, out, add, fset(scale));
 }
 
+inline size_t ternary_sum_scratch_bytes(int ranks) { return ranks * (sizeof(const uint8_t*) + sizeof(float)); }
+
+// Payloads are a scaler, then codes. Where all scalers are the same, codes are added, which is exact, and the sum scaled.
 inline int32_t ternary_sum(
-    const uint8_t* const* codes, const float* scalers, int ranks, size_t numel, float divisor, float* out) {
+    const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out, void* room) {
+    const auto codes = static_cast<const uint8_t**>(room);
+    float* const scalers = reinterpret_cast<float*>(codes + ranks);
+    bool same = ranks > 0;
+    for (int r = 0; r < ranks; r++) {
+        std::memcpy(scalers + r, payloads[r], 4);
+        codes[r] = payloads[r] + 4;
+        same = same && std::memcmp(payloads[r], payloads[0], 4) == 0;
+    }
+    const float scale = same ? scalers[0] : 1;
+    for (int r = 0; r < ranks && same; r++) {
+        scalers[r] = 1;
+    }
     const auto sum = can_stream(out, numel) ? ternary_sum_as<true> : ternary_sum_as<false>;
-    return sum(codes, scalers, ranks, numel, divisor, out);
+    return sum(codes, scalers, scale, ranks, numel, divisor, out);
 }
 
 }  // namespace HC_LEVEL

@@ -1,0 +1,31 @@
+"""What topologies share: the gradients that they exchange, and what is common to all ranks before these are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compressors import Slot
+from ..compressors.base import Codec, Common
+from ..requests import Allreduce, ReduceOp, Request
+
+
+@dataclass(frozen=True)
+class Part:
+    """One gradient, and the place of its parameter."""
+
+    slot: Slot
+    gradient: Tensor
+
+
+def agreed(codec: Codec, parts: Sequence[Part]) -> Generator[Request, Any, list[Common | None]]:
+    """What `codec.frame` is to know of each, by one MAX for all of them where the codec asks for anything."""
+    mine = [codec.common(part.slot, part.gradient) for part in parts]
+    if mine[0] is None:
+        return [None] * len(parts)
+    largest: Tensor = yield Allreduce(torch.tensor(mine, dtype=torch.float32), ReduceOp.MAX)
+    return [Common(own or 0.0, most) for own, most in zip(mine, largest.tolist())]
