@@ -19,7 +19,7 @@ from . import fingerprint
 from .adaptive import Controller
 from .agreement import BYTES, agree, mismatch
 from .binding import Binding, NamedParameters, calling_optimizer, parameters_of_optimizer
-from .compressors import Compressor, SummedCompressor
+from .compressors import AUTO, Compressor, SummedCompressor
 from .engine import Engine
 from .log import SINGLE_RANK, log, warn_once
 from .paced_engine import PacedEngine
@@ -30,7 +30,7 @@ from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
 
-_COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes", "overlap")
+_COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes", "overlap", "topology")
 _ALIKE = (
     "Freeze and unfreeze parameters on every rank between the same two steps; give every rank a gradient of the same "
     "layout, dense or sparse, for each parameter, and change gradients after optimizer.synchronize() alone."
@@ -61,6 +61,8 @@ class GradientCompression(Session):
     seed: of the random numbers of stochastic compressors.
     process_set: the horovod.torch.ProcessSet that the optimizer reduces over; None for all ranks.
     bucket_bytes: gradients are exchanged together in buckets of about this size.
+    topology: "gather", everyone sends to everyone; "scatter", every rank adds up a part of each bucket, so that traffic
+        does not grow with the ranks; "auto", by the method and the number of ranks.
     overlap: under Horovod, whether exchanges of several rounds go on during backward, which waits for them then.
 
     Raises ValueError for options or parameters that cannot work.
@@ -77,12 +79,13 @@ class GradientCompression(Session):
         process_set: Any = None,
         bucket_bytes: int = 8 << 20,
         overlap: bool = True,
+        topology: str = AUTO,
     ) -> None:
         if min_numel < 0:
             raise ValueError(f"min_numel must not be negative: {min_numel}")
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes must be at least 1: {bucket_bytes}")
-        super().__init__(compressor, bucket_bytes)
+        super().__init__(compressor, bucket_bytes, topology)
         self.min_numel = min_numel
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.seed = seed

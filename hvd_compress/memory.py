@@ -6,7 +6,7 @@ Besides residuals some algorithms keep state of these kinds, under "<name of the
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,11 @@ MOMENTUM = "momentum"  # float32 [numel], of this rank, in units of the loss-sca
 FACTOR = "factor"  # float32 [columns, approximation rank], the same on every rank; its scale does not matter
 THRESHOLD = "threshold"  # float32 [1], of this rank: a factor without unit
 AGGREGATE = "aggregate"  # float32 [numel + 1], the same on every rank: aggregated gradients, and how many were added
-_KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE)
-_REPLICATED = (FACTOR, AGGREGATE)
+CUT = "cut"  # float32 [1], the same on every rank, in units of the gradient: what owners send of a sum is no smaller
+OWNED = "owned"  # float32 [elements of a piece], of the rank that owns it, in units of the gradient: unsent of the sum
+_KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE, CUT)
+_REPLICATED = (FACTOR, AGGREGATE, CUT)
+_SCALED = ("", MOMENTUM, CUT, OWNED)
 _BY_RANK = ("residuals", "accumulated")  # of a state
 
 # What is held between steps, besides MOMENTUM.
@@ -27,7 +30,14 @@ SPARE = "spare"  # what the last step has made of all these, until it is known t
 FRAMES = "frames"  # room for what is sent
 POSITIONS = "positions"  # int64, of the weights that a mask keeps
 SUMS = "sums"  # of gradients, of an adaptive method
-_HELD = {"": RESIDUALS, MOMENTUM: MOMENTUM, FACTOR: FACTORS, THRESHOLD: THRESHOLDS}
+_HELD = {
+    "": RESIDUALS,
+    MOMENTUM: MOMENTUM,
+    FACTOR: FACTORS,
+    THRESHOLD: THRESHOLDS,
+    CUT: THRESHOLDS,
+    OWNED: RESIDUALS,
+}
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,22 @@ def key(name: str, kind: str) -> str:
     return f"{name}/{kind}"
 
 
+def owned_key(name: str, start: int) -> str:
+    """Of what is unsent of the sum of a piece that starts at this element."""
+    return f"{name}/{OWNED}.{start}"
+
+
 def owner(of: str) -> tuple[str, str]:
     """The parameter that a key belongs to, and the kind of its state; "" for a residual."""
     name, _, kind = of.rpartition("/")
+    if name and kind.partition(".")[0] == OWNED and kind.partition(".")[2].isdigit():
+        return name, OWNED
     return (name, kind) if name and kind in _KINDS else (of, "")
+
+
+def start_of(of: str) -> int:
+    """The first element of the piece that an `owned_key` names."""
+    return int(of.rpartition(".")[2])
 
 
 class ErrorFeedback:
@@ -131,8 +153,21 @@ class ErrorFeedback:
         if factor == 1:
             return
         for name, residual in self.residuals.items():
-            if owner(name)[1] in ("", MOMENTUM):
+            if owner(name)[1] in _SCALED:
                 residual.mul_(factor)
+
+    def fold(self, kept: Container[tuple[str, int, int]], numels: Mapping[str, int]) -> None:
+        """Move what this rank owes of sums into its residuals, but for the pieces that it still owns; it is sent then.
+
+        kept: (parameter, first element, elements) of these pieces. numels: elements of the parameters.
+        """
+        for of in [of for of in self.residuals if owner(of)[1] == OWNED]:
+            (name, _), start, owed = owner(of), start_of(of), self.residuals[of]
+            if (name, start, owed.numel()) in kept or name not in numels:
+                continue
+            residual = self.residuals.setdefault(name, torch.zeros(numels[name], device=owed.device))
+            residual[start : start + owed.numel()] += owed
+            del self.residuals[of]
 
     def held(self) -> dict[str, int]:
         """Bytes, by what."""
@@ -155,7 +190,8 @@ def share(
     """What rank `rank` of `size` takes over of `residuals`, by rank, that `saved_size` ranks had.
 
     With as many ranks as before, its own. Else, for resize="sum", an equal share of the sum of all, but for what is the
-    same on every rank, which it takes as it is, and for thresholds, which start anew; for "reset", none.
+    same on every rank, which it takes as it is, what ranks owe of the sums that they own, of which each goes to one of
+    them, and thresholds, which start anew; for "reset", none.
     Raises ValueError when residuals are needed that are not there.
     """
     if size == saved_size and rank in residuals:
@@ -168,13 +204,16 @@ def share(
             f"has those of {sorted(residuals)}. Load what these ranks saved as well, all in one list, or what "
             "gather_state_dict() has returned to its root, or load with resize='reset'"
         )
-    names = sorted({name for mine in residuals.values() for name in mine if owner(name)[1] != THRESHOLD})
     ranks = sorted(residuals)
+    names = sorted({name for mine in residuals.values() for name in mine if owner(name)[1] not in (THRESHOLD, OWNED)})
     of_ranks = {name: [residuals[r][name] for r in ranks if name in residuals[r]] for name in names}
-    return {
+    shared = {
         name: parts[0] if owner(name)[1] in _REPLICATED else functools.reduce(torch.add, parts) / size
         for name, parts in of_ranks.items()
     }
+    # What an owner owes goes to one rank, whole.
+    mine = [residuals[r] for r in ranks if r % size == rank]
+    return shared | {name: owed for one in mine for name, owed in one.items() if owner(name)[1] == OWNED}
 
 
 def merged(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

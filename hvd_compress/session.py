@@ -15,9 +15,13 @@ from .adaptive import Controller
 from .agreement import BYTES, agree, mismatch
 from .binding import Binding
 from .compressors import (
+    AUTO,
+    GATHER,
+    TOPOLOGIES,
     Codec,
     Compressor,
     NoneCompressor,
+    ScatterCodec,
     Slot,
     SparseGatherer,
     relative_error,
@@ -26,8 +30,10 @@ from .compressors import (
 from .engine import Engine, Ticket, cut
 from .log import log
 from .memory import (
+    CUT,
     FACTOR,
     FRAMES,
+    OWNED,
     POSITIONS,
     SUMS,
     THRESHOLD,
@@ -37,12 +43,13 @@ from .memory import (
     merged,
     owner,
     share,
+    start_of,
     storage_bytes,
 )
 from .requests import Exchange, Member
 from .states import gather
 from .telemetry import Telemetry
-from .topologies import Gather, Part
+from .topologies import Gather, Part, Scatter, Span, regions, spans_of
 from .transports.base import Transport
 
 CONTROL, OPENING, CLOSING = range(3)  # indices after those of the parameters
@@ -77,8 +84,12 @@ class Session:
     tensors were finite on all ranks, and residuals change: all of them, or none.
     """
 
-    def __init__(self, compressor: Compressor, bucket_bytes: int) -> None:
+    def __init__(self, compressor: Compressor, bucket_bytes: int, topology: str = AUTO) -> None:
+        if problem := _cannot(compressor, topology):
+            raise ValueError(problem)
         self.compressor = compressor
+        self.topology = topology
+        self._spans: dict[int, Span] = {}  # where each gradient that is compressed lies in its bucket
         self.bucket_bytes = bucket_bytes
         self.memory = ErrorFeedback()
         self.telemetry = Telemetry()
@@ -151,6 +162,8 @@ class Session:
             slot.rank, slot.size, slot.cache = transport.rank, transport.size, None
         self._divisor = self._wanted_divisor = 1.0
         buckets = cut(sizes, self.bucket_bytes)
+        self._spans = spans_of(buckets, self.slots)
+        self._fold()
         # What is not of a parameter goes under the indices after the parameters'.
         buckets += [[len(self.slots) + extra] for extra in (CONTROL, OPENING, CLOSING)]
         if self.controller is not None:
@@ -224,9 +237,29 @@ class Session:
         return self._engine.submit(index, self._exchange_of(compressor, slot, gradient))
 
     def _exchange_of(self, compressor: Compressor, slot: Slot, gradient: Tensor) -> Exchange | Member:
-        if isinstance(compressor, Codec) and compressor.grouped(slot):
-            return Member(Gather(compressor), Part(slot, gradient))
-        return compressor.exchange(slot, gradient)
+        if not (isinstance(compressor, Codec) and compressor.grouped(slot)):
+            return compressor.exchange(slot, gradient)
+        if isinstance(compressor, ScatterCodec) and self._scatters(compressor, slot):
+            return Member(Scatter(compressor), Part(slot, gradient, self._spans[slot.index]))
+        return Member(Gather(compressor), Part(slot, gradient))
+
+    def _scatters(self, compressor: Compressor, slot: Slot) -> bool:
+        if slot.size == 1 or slot.index not in self._spans or not isinstance(compressor, ScatterCodec):
+            return False
+        return compressor.scatters(slot, self.topology)
+
+    def _fold(self) -> None:
+        """Keep what is unsent of sums where this rank still owns them: bucket or ranks may be others than before."""
+        self.memory.fold(self._owned(), {slot.name: slot.shape.numel() for slot in self.slots})
+
+    def _owned(self) -> set[tuple[str, int, int]]:
+        """The pieces of gradients whose sums this rank owns: parameter, first element, elements."""
+        if not isinstance(self.compressor, ScatterCodec):
+            return set()
+        slots = [slot for slot in self.slots if self._scatters(self.compressor, slot)]
+        spans = tuple(self._spans[slot.index] for slot in slots)
+        mine = regions(spans, self.compressor.alignment, slots[0].size)[slots[0].rank] if slots else ()
+        return {(slots[piece.part].name, piece.start, piece.numel) for piece in mine}
 
     @spanned
     def finish(self, ticket: Ticket, like: Tensor, *, average: bool) -> Tensor:
@@ -460,6 +493,7 @@ class Session:
         self._check_residuals(state["residuals"].values())
         if self._engine:
             self._take_over(state, resize, self.rank, self.size)
+            self._fold()
             self._loaded = None
         else:
             self._loaded = state, resize
@@ -472,7 +506,12 @@ class Session:
         for residuals in of_ranks:
             for key, residual in residuals.items():
                 name, kind = (key, "") if key in numel else owner(key)
-                fits = name in numel if kind in (FACTOR, THRESHOLD) else residual.numel() == numel.get(name)
+                if kind == OWNED:
+                    fits = start_of(key) + residual.numel() <= numel.get(name, 0)
+                elif kind in (FACTOR, THRESHOLD, CUT):
+                    fits = name in numel
+                else:
+                    fits = residual.numel() == numel.get(name)
                 if not fits:
                     raise ValueError(
                         f"the state has a {kind or 'residual'} of {residual.numel()} elements for {name!r}; the "
@@ -490,3 +529,18 @@ class Session:
 
 def _is_flat32(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.layout == torch.strided and tensor.is_contiguous()
+
+
+def _cannot(compressor: Compressor, topology: str) -> str | None:
+    """Why gradients cannot be exchanged by this topology, and the remedy; None if they can."""
+    if topology not in TOPOLOGIES:
+        return f"topology must be one of {', '.join(TOPOLOGIES)}: {topology!r}"
+    if topology == AUTO or (topology == GATHER and isinstance(compressor, Codec)):
+        return None
+    if isinstance(compressor, ScatterCodec):
+        why = compressor.whole()
+    elif isinstance(compressor, Codec):
+        why = "what it sends of a gradient depends on the whole of it"
+    else:
+        why = "it sends sums, or in rounds of its own, and nothing else"
+    return why and f"topology={topology!r} is not possible with {compressor}: {why}. Give topology='auto'"

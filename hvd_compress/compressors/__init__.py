@@ -2,7 +2,7 @@
 
 from .adacomp import AdaCompCompressor
 from .alone import relative_error
-from .base import Codec, Compressor, Slot, SummedCompressor
+from .base import AUTO, GATHER, SCATTER, TOPOLOGIES, Codec, Compressor, ScatterCodec, Slot, SummedCompressor
 from .bf16 import BF16Compressor
 from .dgc import DGCCompressor
 from .fp16 import FP16Compressor
@@ -18,6 +18,10 @@ from .topk import TopKCompressor
 from .traffic import traffic, warn_if_more_than_dense
 
 __all__ = [
+    "AUTO",
+    "GATHER",
+    "SCATTER",
+    "TOPOLOGIES",
     "AdaCompCompressor",
     "BF16Compressor",
     "Codec",
@@ -31,6 +35,7 @@ __all__ = [
     "PowerSGDCompressor",
     "QSGDCompressor",
     "ScaleComCompressor",
+    "ScatterCodec",
     "Slot",
     "SparseGatherer",
     "StochasticPruningCompressor",

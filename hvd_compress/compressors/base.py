@@ -19,6 +19,9 @@ from ..requests import Allgather, Allreduce, Exchange, ReduceOp
 from ..schedules import value_at
 from .footprint import Sent
 
+AUTO, GATHER, SCATTER = TOPOLOGIES = ("auto", "gather", "scatter")
+_FEW_RANKS = 4  # that gather: one round, and nothing is encoded twice
+
 
 @dataclass
 class Slot:
@@ -211,6 +214,54 @@ class Codec(Compressor):
         if payload is None:
             payload, flags = _NOTHING, wire.NON_FINITE
         return wire.Frame(self.algorithm, gradient.dtype, slot.rank, slot.index, rate, gradient.numel(), payload, flags)
+
+
+class ScatterCodec(Codec):
+    """A codec whose gradients can be cut into pieces, each of them added up by the rank that owns it.
+
+    That rank encodes the sum anew, for all. What the second encoding loses is either unbiased, or kept by the owner.
+    """
+
+    alignment: int  # a gradient may be cut at multiples of it
+    varying: ClassVar[bool] = False  # whether payloads of pieces of one size differ in length
+
+    def whole(self) -> str | None:
+        """Why it cannot be cut as its options are, and the remedy; None if it can."""
+        return None
+
+    def scatters(self, slot: Slot, topology: str) -> bool:
+        """Whether gradients are cut, where the user asks for this topology, one of TOPOLOGIES."""
+        if topology == AUTO:
+            return slot.size > _FEW_RANKS and self.whole() is None and self.moves_less(slot)
+        return topology == SCATTER
+
+    def moves_less(self, slot: Slot) -> bool:
+        """Whether a rank receives less than by gathering, with more than a few ranks."""
+        return True
+
+    @abc.abstractmethod
+    def cut(
+        self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None
+    ) -> Sequence[Tensor | None]:
+        """The payloads of the pieces (start, stop) of the flattened gradient, in order; None for what is not finite.
+
+        `add` adds them up. Proposes the new residual, if there is one.
+        """
+
+    def piece_bytes(self, slot: Slot, numel: int, *, back: bool) -> int:
+        """Of the payload of a piece, or of its sum on the way back; about, where they are `varying`."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def give_back(self, slot: Slot, total: Tensor, start: int, common: Common | None) -> Tensor | None:
+        """What the owner of a piece sends of its sum, finite float32 [numel of the piece]; None if it overflows."""
+
+    @abc.abstractmethod
+    def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
+        """Put what an owner sent, divided by `divisor`, into `out`, as `add` does."""
+
+    def learn(self, slot: Slot, payloads: Sequence[Tensor], numels: Sequence[int]) -> None:
+        """All pieces of a sum, as every rank has them, and their elements: what the next step may depend on."""
 
 
 class SparsifyingCompressor(Codec):

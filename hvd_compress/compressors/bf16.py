@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES
-from .base import Codec, Common, Slot, flat
+from .base import Common, ScatterCodec, Slot, flat
 from .footprint import Sent
 
 
 @dataclass(frozen=True)
-class BF16Compressor(Codec):
+class BF16Compressor(ScatterCodec):
     """Round to the nearest bfloat16 (ties to even) on every rank; the sum of those is exact to float32 rounding."""
 
     algorithm = 2
+    alignment = 2
 
     def sent(self, slot: Slot) -> Sent:
         return Sent(gathered=wire.frame_bytes(2 * slot.shape.numel()))
@@ -34,3 +36,23 @@ class BF16Compressor(Codec):
 
     def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
         return float(kernels.of(out).bfloat_sum(payloads, divisor, out))
+
+    def cut(
+        self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None
+    ) -> list[Tensor | None]:
+        values = flat(gradient)
+        return [_encoded(values[start:stop]) for start, stop in cuts]
+
+    def piece_bytes(self, slot: Slot, numel: int, *, back: bool) -> int:
+        return 2 * numel
+
+    def give_back(self, slot: Slot, total: Tensor, start: int, common: Common | None) -> Tensor | None:
+        return _encoded(total)
+
+    def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
+        return self.add(slot, [payload], divisor, out)
+
+
+def _encoded(values: Tensor) -> Tensor | None:
+    payload = torch.empty(2 * values.numel(), dtype=torch.uint8)
+    return None if kernels.of(values).bfloat_encode(values, payload) == kernels.NOT_FINITE else payload

@@ -17,12 +17,13 @@ from .. import kernels, wire
 from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, key
 from ..requests import Allreduce, Exchange
 from ..schedules import Rate, density_at, entries_of
-from .base import Codec, Common, Slot, flat32, frame_room, max_abs
+from .base import Common, Slot, flat32, frame_room, max_abs
+from .entries import EntriesCodec
 from .footprint import Sent
 
 
 @dataclass(frozen=True)
-class DGCCompressor(Codec):
+class DGCCompressor(EntriesCodec):
     """Sends the largest of what has accumulated of u, where u <- momentum * u + gradient, six bytes an entry.
 
     Where an entry is sent, u starts anew as well (momentum factor masking). A tensor of which everything is sent, since
@@ -61,6 +62,9 @@ class DGCCompressor(Codec):
             raise ValueError(f"clip must be positive, or None for no clipping: {self.clip}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must not be negative: {self.weight_decay}")
+
+    def wanted(self, slot: Slot) -> int:
+        return entries_of(self.density_of(slot), slot.shape.numel())
 
     def grouped(self, slot: Slot) -> bool:
         return slot.compressed and saves(slot.shape.numel(), entries_of(self.density_of(slot), slot.shape.numel()))

@@ -13,15 +13,16 @@ from .. import kernels, wire
 from ..kernels.quantise import levels_of
 from ..memory import FRAMES
 from ..schedules import Rate, describe
-from .base import Codec, Common, Slot, dense_room, encode_dense, flat, flat32, frame_room, max_abs
+from .base import Common, ScatterCodec, Slot, dense_room, encode_dense, flat, flat32, frame_room, max_abs
 from .footprint import Sent
 
 _NORMS = ("max", "l2")
 _MOST_BITS = 8
+_SECOND_ROUNDING = 1  # names another stream of random numbers
 
 
 @dataclass(frozen=True)
-class QSGDCompressor(Codec):
+class QSGDCompressor(ScatterCodec):
     """Unbiased, without state; `bits` an element, packed, and a float32 norm a bucket.
 
     bits: 1 to 8, or a schedule of it. A value is rounded at random to one of 2**(bits - 1) - 1 levels of its bucket's
@@ -72,6 +73,38 @@ class QSGDCompressor(Codec):
 
     def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
         return float(kernels.of(out).quantise_sum(payloads, self.rate_of(slot), self.bucket_size, divisor, out))
+
+    @property
+    def alignment(self) -> int:  # type: ignore[override]
+        return math.lcm(self.bucket_size, kernels.QUANTISED_BLOCK)
+
+    def cut(
+        self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None
+    ) -> list[Tensor | None]:
+        values, key = flat(gradient), kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+        bits = self.rate_of(slot)
+        return [self._encoded(values[start:stop], bits, kernels.key_at(key, start)) for start, stop in cuts]
+
+    def moves_less(self, slot: Slot) -> bool:
+        bits = self.rate_of(slot)
+        return bits + _MOST_BITS < bits * slot.size
+
+    def piece_bytes(self, slot: Slot, numel: int, *, back: bool) -> int:
+        return kernels.quantised_bytes(numel, _MOST_BITS if back else self.rate_of(slot), self.bucket_size)
+
+    def give_back(self, slot: Slot, total: Tensor, start: int, common: Common | None) -> Tensor | None:
+        """With the most bits, rounded at random once more: unbiased, too."""
+        key = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank, _SECOND_ROUNDING)
+        return self._encoded(total, _MOST_BITS, kernels.key_at(key, start))
+
+    def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
+        return float(kernels.of(out).quantise_sum([payload], _MOST_BITS, self.bucket_size, divisor, out))
+
+    def _encoded(self, values: Tensor, bits: int, key: int) -> Tensor | None:
+        payload = torch.empty(kernels.quantised_bytes(values.numel(), bits, self.bucket_size), dtype=torch.uint8)
+        l2 = self.norm == "l2"
+        length = kernels.of(values).quantise_encode(values, bits, self.bucket_size, l2, key, payload)
+        return None if length == kernels.NOT_FINITE else payload
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:
         """The bits that a controller may choose from for a gradient of `shape`; none if none saves."""

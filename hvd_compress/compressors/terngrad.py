@@ -7,18 +7,20 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES
-from .base import Codec, Common, Slot, dense_room, encode_dense, flat, flat32, frame_room, most_room
+from .base import Common, ScatterCodec, Slot, dense_room, encode_dense, flat, flat32, frame_room, most_room
 from .footprint import Sent
 
 _SCALER = struct.Struct("<f")
+_ONE = torch.tensor([1.0]).view(torch.uint8)
 
 
 @dataclass(frozen=True)
-class TernGradCompressor(Codec):
+class TernGradCompressor(ScatterCodec):
     """Unbiased but for the clipping; no state; 2 bits an element.
 
     clip_sigma: gradients are clipped to +-clip_sigma standard deviations of their layer, as in the paper (section 3.2;
@@ -31,6 +33,7 @@ class TernGradCompressor(Codec):
     share_scaler: bool = True
 
     algorithm = 3
+    alignment = 128
 
     def __post_init__(self) -> None:
         if self.clip_sigma is not None and not 0 < self.clip_sigma < math.inf:
@@ -63,6 +66,41 @@ class TernGradCompressor(Codec):
 
     def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
         return float(kernels.of(out).ternary_sum(payloads, divisor, out))
+
+    def whole(self) -> str | None:
+        if self.share_scaler:
+            return None
+        return "sums of ternary numbers are whole multiples of one scaler: give share_scaler=True"
+
+    def cut(
+        self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None
+    ) -> list[Tensor | None]:
+        """With 1 in place of the scaler: what is added up are whole numbers."""
+        assert common is not None
+        if common.largest == math.inf:
+            return [None] * len(cuts)
+        values, key = flat(gradient), kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+        payloads: list[Tensor | None] = []
+        for start, stop in cuts:
+            payload = torch.empty(self.piece_bytes(slot, stop - start, back=False), dtype=torch.uint8)
+            piece, of_piece = values[start:stop], kernels.key_at(key, start)
+            kernels.of(values).ternary_encode(piece, common.mine, common.largest, of_piece, payload)
+            payload[: _SCALER.size] = _ONE
+            payloads.append(payload)
+        return payloads
+
+    def piece_bytes(self, slot: Slot, numel: int, *, back: bool) -> int:
+        return kernels.count_bytes(numel, slot.size) if back else _SCALER.size + kernels.ternary_bytes(numel)
+
+    def give_back(self, slot: Slot, total: Tensor, start: int, common: Common | None) -> Tensor | None:
+        """Exact: one of 2 * size + 1 numbers."""
+        payload = torch.empty(self.piece_bytes(slot, total.numel(), back=True), dtype=torch.uint8)
+        kernels.of(total).counts_encode(total, slot.size, payload)
+        return payload
+
+    def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
+        assert common is not None
+        return float(kernels.of(out).counts_decode(payload, slot.size, common.largest, divisor, out))
 
 
 def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:

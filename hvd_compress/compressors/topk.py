@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import kernels, wire
 from ..schedules import Rate, density_at, entries_of
 from .base import Slot, SparsifyingCompressor, flat32, frame_room, max_abs
+from .entries import EntriesCodec
 
 _DENSITIES = tuple(2.0 ** (-quarter / 4) for quarter in range(53))  # 1 to 1/8192
 _BIN_BITS = 16  # of a magnitude's float32 that are left out in the histogram: bins of 1/128 relative width
@@ -20,7 +21,7 @@ _PART = 1 << 20  # elements at a time
 
 
 @dataclass(frozen=True)
-class TopKCompressor(SparsifyingCompressor):
+class TopKCompressor(SparsifyingCompressor, EntriesCodec):
     """Sends the k = ceil(density * numel) largest |residual + gradient| of a layer, six bytes each.
 
     density: fraction that is sent, in (0, 1], or a schedule of it.
@@ -35,6 +36,9 @@ class TopKCompressor(SparsifyingCompressor):
 
     def rate_of(self, slot: Slot) -> float:
         return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+
+    def wanted(self, slot: Slot) -> int:
+        return entries_of(self.rate_of(slot), slot.shape.numel())
 
     def frame_held(self, slot: Slot) -> int:
         numel = slot.shape.numel()

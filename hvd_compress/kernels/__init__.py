@@ -2,24 +2,29 @@
 
 from .choice import find_frames, in_use, largest_positions, of, on_host, prune_dense, use
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
+from .counts import MOST_RANKS, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
 from .prune import decode_pruned, encode_pruned, pruned_entries
-from .quantise import quantised_bytes
-from .random import random_bits, stream_key
+from .quantise import QUANTISED_BLOCK, quantised_bytes
+from .random import key_at, random_bits, stream_key
 from .sparse import pack_sparse, sparse_bytes, unpack_sparse
 from .ternary import pack_ternary, ternarize, ternary_bytes, unpack_ternary
 from .topk import topk_indices
 
 __all__ = [
+    "MOST_RANKS",
     "NOT_FINITE",
+    "QUANTISED_BLOCK",
     "TOO_LARGE",
     "PayloadError",
+    "count_bytes",
     "decode_gaps",
     "decode_pruned",
     "encode_gaps",
     "encode_pruned",
     "find_frames",
     "in_use",
+    "key_at",
     "largest_positions",
     "of",
     "on_host",

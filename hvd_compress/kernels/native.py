@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
+from .counts import count_bits, count_bytes
 from .gaps import token_width
 from .moments import deviation
 from .payloads import Payloads
@@ -68,6 +69,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_prune_dense": (c_uint64, [c_void_p, c_size_t, c_float, c_uint64, c_void_p, c_void_p]),
     "hc_bfloat_encode": (c_int, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_bfloat_sum": (c_int32, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
+    "hc_counts_encode": (None, [c_void_p, c_size_t, c_int, c_int, c_void_p]),
+    "hc_counts_decode": (c_int32, [c_void_p, c_size_t, c_int, c_int, c_float, c_float, c_void_p]),
     "hc_solve": (c_int, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p]),
 }
 
@@ -195,6 +198,20 @@ def bfloat_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float
     _expect(payloads, 2 * out.numel())
     shape = len(payloads), out.numel(), divisor, out.data_ptr()
     return _magnitude(_library.hc_bfloat_sum(_addresses(payloads), *shape))
+
+
+def counts_encode(totals: Tensor, most: int, payload: Tensor) -> int:
+    assert _library is not None
+    length = _room(payload, count_bytes(totals.numel(), most))
+    _library.hc_counts_encode(totals.data_ptr(), totals.numel(), count_bits(most), most, payload.data_ptr())
+    return length
+
+
+def counts_decode(payload: Tensor, most: int, scaler: float, divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    _expect([payload], count_bytes(out.numel(), most))
+    shape = out.numel(), count_bits(most), most, scaler, divisor, out.data_ptr()
+    return _magnitude(_library.hc_counts_decode(payload.data_ptr(), *shape))
 
 
 def accumulate(gradient: Tensor, residual: Tensor | None, kept: Tensor) -> float:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .random import RANDOM_BITS
 
-_BLOCK, _LANES = 256, 8
-_ROWS = _BLOCK // _LANES
+QUANTISED_BLOCK, _LANES = 256, 8
+_ROWS = QUANTISED_BLOCK // _LANES
 
 
 def levels_of(bits: int) -> int:
@@ -26,7 +26,7 @@ def levels_of(bits: int) -> int:
 
 
 def quantised_bytes(numel: int, bits: int, bucket_size: int) -> int:
-    return 4 * -(-numel // bucket_size) + -(-numel // _BLOCK) * _BLOCK * bits // 8
+    return 4 * -(-numel // bucket_size) + -(-numel // QUANTISED_BLOCK) * QUANTISED_BLOCK * bits // 8
 
 
 def bucket_norms(values: Tensor, bucket_size: int, l2: bool) -> Tensor:
@@ -68,7 +68,9 @@ def divisible(norms: Tensor, bits: int) -> Tensor:
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes, int32 [numel], into uint8 [256 * bits / 8 a block]."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.numel() % _BLOCK)).view(-1, _ROWS, _LANES).to(torch.int64)
+    padded = (
+        torch.nn.functional.pad(codes, (0, -codes.numel() % QUANTISED_BLOCK)).view(-1, _ROWS, _LANES).to(torch.int64)
+    )
     words = torch.zeros(len(padded), bits, _LANES, dtype=torch.int64, device=codes.device)
     for row in range(_ROWS):
         word, offset = divmod(row * bits, 32)

@@ -31,6 +31,11 @@ def stream_key(*identity: int) -> int:
     return key
 
 
+def key_at(key: int, start: int) -> int:
+    """Key of the stream that begins at element `start` of that of `key`."""
+    return (key & ~0xFFFFFFFF) | ((key + start) & 0xFFFFFFFF)
+
+
 def _signed32(value: int) -> int:
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value >= 1 << 31 else value

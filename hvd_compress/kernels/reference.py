@@ -19,6 +19,7 @@ from torch import Tensor
 from . import moments as _moments
 from .adacomp import adacomp_choice
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
+from .counts import count_bits, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
 from .prune import decode_pruned, encode_pruned, prune_dense
 from .quantise import (
@@ -40,6 +41,8 @@ __all__ = [
     "adacomp_encode",
     "bfloat_encode",
     "bfloat_sum",
+    "counts_decode",
+    "counts_encode",
     "crc32",
     "gaps_sum",
     "largest",
@@ -122,6 +125,22 @@ def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, diviso
         return dequantise(unpack_codes(payload[norm_bytes:], out.numel(), bits), norms, bits, bucket_size)
 
     return _sum(payloads, divisor, out, decode)
+
+
+def counts_encode(totals: Tensor, most: int, payload: Tensor) -> int:
+    """Whole numbers from -most to most, float32 [numel]."""
+    return _put(payload, pack_codes(totals.to(torch.int32) + most, count_bits(most)))
+
+
+def counts_decode(payload: Tensor, most: int, scaler: float, divisor: float, out: Tensor) -> float:
+    """`out` = number * scaler / divisor; NaN for a code past the largest."""
+
+    def decode(packed: Tensor) -> Tensor:
+        _expect(packed, count_bytes(out.numel(), most))
+        codes = unpack_codes(packed, out.numel(), count_bits(most))
+        return torch.where(codes > 2 * most, math.nan, (codes - most).to(torch.float32))
+
+    return _sum([payload], divisor, out, decode, scaler)
 
 
 def accumulate(gradient: Tensor, residual: Tensor | None, kept: Tensor) -> float:

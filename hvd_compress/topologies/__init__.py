@@ -2,5 +2,7 @@
 
 from .base import Part
 from .gather import Gather
+from .regions import Piece, Span, regions, spans_of
+from .scatter import Scatter
 
-__all__ = ["Gather", "Part"]
+__all__ = ["Gather", "Part", "Piece", "Scatter", "Span", "regions", "spans_of"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..compressors import Slot
 from ..compressors.base import Codec, Common
 from ..requests import Allreduce, ReduceOp, Request
+from .regions import Span
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Part:
 
     slot: Slot
     gradient: Tensor
+    span: Span = Span(0, 0, 0)  # its place in its bucket
 
 
 def agreed(codec: Codec, parts: Sequence[Part]) -> Generator[Request, Any, list[Common | None]]:

@@ -130,7 +130,9 @@ def test_training_does_not_depend_on_the_loss_scale(several: Job, kind: str) -> 
     trained = []
     for scales in ([1.0] * 6, [64.0, 64.0, 32.0, 32.0, 128.0, 16.0]):
         of = parameters(SHAPES)
-        compression = getattr(Compression, kind)(of.items(), min_numel=1)
+        topology = {"topology": "scatter"} if kind == "scattered" else {}
+        method = getattr(Compression, "topk" if topology else kind)
+        compression = method(of.items(), min_numel=1, **topology)
         optimizer = job.distribute(sgd(of), of.items(), compression)
         for step, scale in enumerate(scales):
             compression.loss_scale = scale

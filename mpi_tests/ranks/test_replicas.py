@@ -27,6 +27,8 @@ MAKE: dict[str, MakeCompression] = {
     "bf16": lambda named: Compression.bf16(named, min_numel=1),
     "terngrad": lambda named: Compression.terngrad(named, min_numel=1),
     "adacomp": lambda named: Compression.adacomp(named, min_numel=1),
+    "qsgd": lambda named: Compression.qsgd(named, topology="scatter", min_numel=1),
+    "scattered": lambda named: Compression.topk(named, density=0.1, topology="scatter", min_numel=1),
     "topk": lambda named: Compression.topk(named, density=0.1, min_numel=1),
     "stochastic_pruning": lambda named: Compression.stochastic_pruning(named, min_numel=1),
     "powersgd": lambda named: Compression.powersgd(named, approximation_rank=1, min_numel=1),

@@ -32,7 +32,6 @@ def lgreco(base: str):
 
 METHODS = {
     **COMPRESSIONS,
-    "qsgd": lambda named: Compression.qsgd(named, min_numel=1, bucket_bytes=1),
     "masked": lambda named: Compression.masked(lambda: MASKS[0], list(named), bucket_bytes=1),
     "lgreco-topk": lgreco("topk"),
     "lgreco-powersgd": lgreco("powersgd"),

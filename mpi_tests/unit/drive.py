@@ -14,6 +14,7 @@ from hvd_compress import GradientCompression, wire
 from hvd_compress.compressors import (
     AdaCompCompressor,
     BF16Compressor,
+    Codec,
     Compressor,
     DGCCompressor,
     FP16Compressor,
@@ -138,6 +139,11 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Gradient-like: heavy tails, as normal numbers cubed have."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).pow(3).mul_(scale)
+
+
+def gathering(compressor: Compressor) -> dict[str, str]:
+    """The option by which many ranks exchange as `run` does, which knows no other way."""
+    return {"topology": "gather"} if isinstance(compressor, Codec) else {}
 
 
 def bound(compressor: Compressor, shapes: dict[str, tuple[int, ...]], **options: Any) -> GradientCompression:

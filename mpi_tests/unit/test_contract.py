@@ -23,7 +23,7 @@ from hvd_compress.memory import ErrorFeedback
 from hvd_compress.requests import Allgather
 
 from . import drive
-from .drive import ADACOMP, EVERY, FRAMED, SIZES, STATEFUL, SUMMED, TERNGRAD, TOPK, bits, bound, random, run
+from .drive import ADACOMP, EVERY, FRAMED, SIZES, STATEFUL, SUMMED, TERNGRAD, TOPK, bits, bound, gathering, random, run
 
 every = pytest.mark.parametrize("compressor", EVERY.values(), ids=EVERY)
 framed = pytest.mark.parametrize("compressor", FRAMED.values(), ids=FRAMED)
@@ -476,7 +476,8 @@ def test_constant_gradients_are_not_erased(compressor, tensor):
 @sizes
 def test_simulated_ranks_give_what_the_exchange_alone_gives(compressor, size):
     shapes = {"a": (30, 40), "conv": (6, 5, 4, 7), "c": (11, 3)}
-    ranks = LocalRanks([bound(compressor, shapes, seed=3, bucket_bytes=5000) for _ in range(size)])
+    options = {"seed": 3, "bucket_bytes": 5000} | gathering(compressor)
+    ranks = LocalRanks([bound(compressor, shapes, **options) for _ in range(size)])
     gradients = [{n: random(*shape, seed=r) for n, shape in shapes.items()} for r in range(size)]
     results = ranks.exchange(gradients, average=False)
     for index, (name, shape) in enumerate(shapes.items()):
@@ -490,7 +491,7 @@ def test_simulated_ranks_give_what_the_exchange_alone_gives(compressor, size):
 @pytest.mark.parametrize("average", [True, False])
 def test_the_mean_is_the_sum_over_the_number_of_ranks(compressor, average):
     gradients = [{"w": random(30, 40, seed=rank)} for rank in range(5)]
-    ranks = LocalRanks([bound(compressor, {"w": (30, 40)}) for _ in range(5)])
+    ranks = LocalRanks([bound(compressor, {"w": (30, 40)}, **gathering(compressor)) for _ in range(5)])
     results = ranks.exchange(gradients, average=average)
     total = run(compressor, [mine["w"] for mine in gradients], name="w").totals[0]
     assert bits(results[3]["w"]) == bits(total / 5 if average else total)

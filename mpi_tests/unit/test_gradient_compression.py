@@ -20,10 +20,10 @@ SHAPES = {"a": (40, 50), "bias": (40,), "conv": (12, 10, 3, 3), "small": (3, 4)}
 METHODS = {
     "none": (lambda named: Compression.none(named), EVERY["none"]),
     "fp16": (lambda named: Compression.fp16(named), EVERY["fp16"]),
-    "bf16": (lambda named: Compression.bf16(named), EVERY["bf16"]),
+    "bf16": (lambda named: Compression.bf16(named, topology="gather"), EVERY["bf16"]),
     "terngrad": (lambda named: Compression.terngrad(named), EVERY["terngrad"]),
     "adacomp": (lambda named: Compression.adacomp(named), EVERY["adacomp"]),
-    "topk": (lambda named: Compression.topk(named), EVERY["topk_0.01"]),
+    "topk": (lambda named: Compression.topk(named, topology="gather"), EVERY["topk_0.01"]),
 }
 
 

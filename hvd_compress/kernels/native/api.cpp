@@ -181,6 +181,15 @@ HC_API int32_t hc_bfloat_sum(const uint8_t* const* payloads, int ranks, size_t n
     return level->bfloat_sum(payloads, ranks, numel, divisor, out);
 }
 
+HC_API void hc_counts_encode(const float* x, size_t numel, int bits, int most, uint8_t* codes) {
+    level->counts_encode(x, numel, bits, most, codes);
+}
+
+HC_API int32_t hc_counts_decode(
+    const uint8_t* codes, size_t numel, int bits, int most, float scaler, float divisor, float* out) {
+    return level->counts_decode(codes, numel, bits, most, scaler, divisor, out);
+}
+
 HC_API int hc_solve(
     const int32_t* units, const double* costs, int32_t layers, int32_t candidates, int32_t levels, double* table,
     int32_t* choice) {

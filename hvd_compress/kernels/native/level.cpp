@@ -3,6 +3,7 @@
 
 #include "adacomp.hpp"
 #include "cast.hpp"
+#include "counts.hpp"
 #include "prune.hpp"
 #include "prune_sum.hpp"
 #include "quantise_sum.hpp"
@@ -35,6 +36,21 @@ template <class F> auto with_bits(int bits, F f) {
         case 6: return f(std::integral_constant<int, 6>());
         case 7: return f(std::integral_constant<int, 7>());
         default: return f(std::integral_constant<int, 8>());
+    }
+}
+
+// The same with up to 16 bits.
+template <class F> auto with_count_bits(int bits, F f) {
+    switch (bits) {
+        case 9: return f(std::integral_constant<int, 9>());
+        case 10: return f(std::integral_constant<int, 10>());
+        case 11: return f(std::integral_constant<int, 11>());
+        case 12: return f(std::integral_constant<int, 12>());
+        case 13: return f(std::integral_constant<int, 13>());
+        case 14: return f(std::integral_constant<int, 14>());
+        case 15: return f(std::integral_constant<int, 15>());
+        case 16: return f(std::integral_constant<int, 16>());
+        default: return with_bits(bits, f);
     }
 }
 
@@ -159,13 +175,24 @@ int bfloat_encode_(const void* x, int type, size_t numel, uint8_t* out) {
     return with_type(x, type, [&](auto* p) { return bfloat_encode(p, numel, out); });
 }
 
+void counts_encode_(const float* x, size_t numel, int bits, int most, uint8_t* codes) {
+    with_count_bits(bits, [&](auto b) { counts_encode_as<b.value>(x, numel, most, codes); });
+}
+
+int32_t counts_decode_(
+    const uint8_t* codes, size_t numel, int bits, int most, float scaler, float divisor, float* out) {
+    return with_count_bits(bits, [&](auto b) {
+        return counts_decode_as<b.value>(codes, numel, most, scaler, divisor, out);
+    });
+}
+
 }  // namespace
 
 extern const Level LEVEL;
 const Level LEVEL = {
     moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum_, quantise_encode_, quantise_sum_,
     accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions, adacomp_encode_, gaps_sum_,
-    prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  solve,
+    prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_, solve,
 };
 
 }  // namespace HC_LEVEL

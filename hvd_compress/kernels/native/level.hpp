@@ -44,6 +44,9 @@ struct Level {
     uint64_t (*prune_dense)(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum);
     int (*bfloat_encode)(const void* x, int type, size_t numel, uint8_t* out);
     int32_t (*bfloat_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);
+    void (*counts_encode)(const float* x, size_t numel, int bits, int most, uint8_t* codes);
+    int32_t (*counts_decode)(
+        const uint8_t* codes, size_t numel, int bits, int most, float scaler, float divisor, float* out);
     int (*solve)(
         const int32_t* units, const double* costs, int32_t layers, int32_t candidates, int32_t levels, double* table,
         int32_t* choice);
