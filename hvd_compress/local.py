@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from .compressors import Compressor, Slot
 from .gradient_compression import GradientCompression
+from .requests import Exchange, GroupExchange, Member, Topology
+from .topologies import Part
 from .transports.local import LocalWorld
 
 
@@ -14,13 +19,19 @@ class LocalRanks:
     """Exchanges gradients between simulated ranks, one per compression, in lock step.
 
     compressions: one for each rank, made alike; they may be bound to the same parameters, whose `grad` is not used.
+    readers: ranks whose results are wanted, None for all. The others send what they must, but do not decode what all of
+        them get, to the same bits: else that work grows with the square of their number.
     Nothing is measured but bytes: there is no network.
     """
 
-    def __init__(self, compressions: Sequence[GradientCompression]) -> None:
+    def __init__(self, compressions: Sequence[GradientCompression], *, readers: Collection[int] | None = None) -> None:
         world = LocalWorld(len(compressions))
         self.compressions = list(compressions)
+        self.readers = range(len(compressions)) if readers is None else sorted(readers)
         self._engines = []
+        for rank, compression in enumerate(compressions):
+            if rank not in self.readers:
+                _leave_unread(compression)
         for compression, transport in zip(compressions, world.transports):
             compression.delist()
             engine = compression.attach(transport)
@@ -28,7 +39,7 @@ class LocalRanks:
             self._engines.append(engine)
 
     def exchange(self, gradients: Sequence[Mapping[str, Tensor]], *, average: bool = True) -> list[dict[str, Tensor]]:
-        """Combine one step's gradients, {parameter name: gradient} of every rank; returns what every rank then has.
+        """Combine one step's gradients, {parameter name: gradient} of every rank; returns what every reader then has.
 
         All ranks must give the same names, but may give them in any order.
         """
@@ -41,7 +52,33 @@ class LocalRanks:
         ]
         for engine in self._engines:
             engine.flush()
-        return [
+        results = [
             {name: compression.finish(ticket, mine[name], average=average) for name, ticket in of_rank.items()}
             for compression, mine, of_rank in zip(self.compressions, gradients, tickets)
         ]
+        return [results[rank] for rank in self.readers]
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A topology whose last answer nobody reads; zeros are in place of what would come of it."""
+
+    usual: Topology
+
+    def reduce(self, parts: Sequence[Part]) -> GroupExchange:
+        exchange = self.usual.reduce(parts)
+        request = next(exchange)
+        while not request.last:
+            request = exchange.send((yield request))
+        yield request
+        return [torch.zeros(1).expand(part.gradient.numel()) for part in parts]
+
+
+def _leave_unread(compression: GradientCompression) -> None:
+    usual = compression.exchange_of
+
+    def exchange_of(compressor: Compressor, slot: Slot, gradient: Tensor) -> Exchange | Member:
+        exchange = usual(compressor, slot, gradient)
+        return Member(_Unread(exchange.topology), exchange.part) if isinstance(exchange, Member) else exchange
+
+    compression.exchange_of = exchange_of  # type: ignore[method-assign]

@@ -138,6 +138,11 @@ class Session:
         return self._engine.transport.rank if self._engine else 0
 
     @property
+    def attached(self) -> Transport | None:
+        """What the gradients travel by; None before the first exchange."""
+        return self._engine.transport if self._engine else None
+
+    @property
     def size(self) -> int:
         """How many ranks take part; 1 before the first exchange."""
         return self._engine.transport.size if self._engine else 1
@@ -234,9 +239,10 @@ class Session:
             self.controller.submitting(self._engine, slot, gradient)
         if self.telemetry.recording:
             self._look(compressor, slot, gradient)
-        return self._engine.submit(index, self._exchange_of(compressor, slot, gradient))
+        return self._engine.submit(index, self.exchange_of(compressor, slot, gradient))
 
-    def _exchange_of(self, compressor: Compressor, slot: Slot, gradient: Tensor) -> Exchange | Member:
+    def exchange_of(self, compressor: Compressor, slot: Slot, gradient: Tensor) -> Exchange | Member:
+        """The exchange of one gradient by `compressor`: by itself, or with others of its bucket."""
         if not (isinstance(compressor, Codec) and compressor.grouped(slot)):
             return compressor.exchange(slot, gradient)
         if isinstance(compressor, ScatterCodec) and self._scatters(compressor, slot):

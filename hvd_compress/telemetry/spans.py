@@ -37,7 +37,8 @@ class Spans:
         # What the user calls is "python" at first; only the thread begins with something else.
         seconds = self.seconds if _thread.spans or kind == "python" else self.background
         seconds[kind] += own + kernels + now - _thread.since
-        seconds["kernels"] += kernels
+        if kind != "exchange":  # while simulated ranks wait, those of others run
+            seconds["kernels"] += kernels
         _thread.since = now
 
 

@@ -52,7 +52,8 @@ def test_frames_that_only_rank_0_decodes_change_nothing(method, monkeypatch):
     task = accuracy_runs.TASKS["digits"]
     monkeypatch.setitem(accuracy_runs.TASKS, "digits", dataclasses.replace(task, epochs=1, score=digest))
     sparing = accuracy_runs.train_simulated(("digits", method, 0), 3)
-    monkeypatch.setattr(accuracy_runs, "_leave_unread", lambda compression: None)
+    everyone = accuracy_runs.LocalRanks
+    monkeypatch.setattr(accuracy_runs, "LocalRanks", lambda compressions, readers: everyone(compressions))
     usual = accuracy_runs.train_simulated(("digits", method, 0), 3)
     for what in ("metric", "bytes_per_rank_per_step", "steps"):
         assert sparing[what] == usual[what]
