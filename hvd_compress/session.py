@@ -413,14 +413,20 @@ class Session:
         For float32 gradients that are not sparse; a single rank, which sends nothing, holds nothing. Neither is what a
         step needs while it lasts in it, nor a mask, an elastic job's copy of what was committed, or a record.
         """
-        parts = [self.compressor.held(slot) for slot in self.slots if slot.compressed or self.compressor.takes_all]
+        parts = [self._held(slot) for slot in self.slots if slot.compressed or self.compressor.takes_all]
         sums = self.controller.most_held() if self.controller is not None else 0
         return Held(added([*parts, {SUMS: sums}]), self._model_bytes)
+
+    def _held(self, slot: Slot) -> dict[str, int]:
+        compressor = self.compressor
+        if isinstance(compressor, ScatterCodec) and self._scatters(compressor, slot):
+            return compressor.held_scattered(slot)
+        return compressor.held(slot)
 
     def say_if_more_than_dense(self) -> None:
         """With so many ranks a method may move more than no compression."""
         shapes = [slot.shape for slot in self.slots if slot.compressed]
-        warn_if_more_than_dense(self.compressor, shapes, self.rank, self.size)
+        warn_if_more_than_dense(self.compressor, shapes, self.rank, self.size, self.topology)
 
     @property
     def _model_bytes(self) -> int:

@@ -239,6 +239,10 @@ class ScatterCodec(Codec):
         """Whether a rank receives less than by gathering, with more than a few ranks."""
         return True
 
+    def held_scattered(self, slot: Slot) -> dict[str, int]:
+        """As `held`, where gradients are cut; about, of what an owner holds."""
+        return {}
+
     @abc.abstractmethod
     def cut(
         self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels, wire
-from ..memory import CUT, key, owned_key
+from ..memory import CUT, RESIDUALS, SPARE, THRESHOLDS, added, key, owned_key
 from .base import Common, ScatterCodec, Slot, decode_dense
 
 _MEASURED_EVERY = 64  # steps; in between the threshold is steered by how many entries there were
@@ -68,6 +68,10 @@ class EntriesCodec(ScatterCodec):
             return None
         slot.memory.propose(name, kept)
         return payload[:encoded]
+
+    def held_scattered(self, slot: Slot) -> dict[str, int]:
+        owed = 4 * slot.shape.numel() // slot.size
+        return added([self.held(slot), {RESIDUALS: owed, THRESHOLDS: 4, SPARE: owed}])
 
     def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
         return float(kernels.of(out).sparse_sum([payload], divisor, out))

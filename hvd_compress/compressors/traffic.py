@@ -8,31 +8,42 @@ from collections.abc import Sequence
 import torch
 
 from ..log import warn_once
-from .base import Compressor, Slot
+from .base import AUTO, Compressor, ScatterCodec, Slot
 from .footprint import Sent
 
 _FRAMING = 1.005  # a frame's header makes no difference
 
 
-def traffic(compressor: Compressor, shapes: Sequence[torch.Size], size: int) -> tuple[float, float]:
+def traffic(
+    compressor: Compressor, shapes: Sequence[torch.Size], size: int, topology: str = AUTO
+) -> tuple[float, float]:
     """Bytes that each of `size` ranks receives in a step for float32 gradients of these shapes, all of them compressed:
-    by this compressor, and without compression, added up by a ring.
+    by this compressor and topology, and without compression, added up by a ring.
 
     Exact but for what depends on the values of gradients; NaN where a compressor cannot tell.
     """
     slots = [Slot("", index, shape, size=size) for index, shape in enumerate(shapes)]
-    sent = [compressor.sent(slot) for slot in slots]
+    sent = [_sent(compressor, slot, topology) for slot in slots]
     dense = sum(Sent(reduced=4 * shape.numel()).received(size) for shape in shapes)
     return sum(math.nan if of_one is None else of_one.received(size) for of_one in sent), dense
 
 
-def warn_if_more_than_dense(compressor: Compressor, shapes: Sequence[torch.Size], rank: int, size: int) -> None:
+def _sent(compressor: Compressor, slot: Slot, topology: str) -> Sent | None:
+    if not (isinstance(compressor, ScatterCodec) and slot.size > 1 and compressor.scatters(slot, topology)):
+        return compressor.sent(slot)
+    numel = slot.shape.numel()
+    return Sent(scattered=sum(compressor.piece_bytes(slot, numel, back=back) for back in (False, True)))
+
+
+def warn_if_more_than_dense(
+    compressor: Compressor, shapes: Sequence[torch.Size], rank: int, size: int, topology: str = AUTO
+) -> None:
     """Say on rank 0, once, when a compressor moves more than no compression would with so many ranks."""
-    received, dense = traffic(compressor, shapes, size)
+    received, dense = traffic(compressor, shapes, size, topology)
     if rank == 0 and received > _FRAMING * dense:
         warn_once(
             f"{compressor} moves more than no compression with {size} ranks: each of them receives "
             f"{received / 1e6:,.1f} MB a step in place of {dense / 1e6:,.1f}, as every rank's frame goes to every "
-            "other. Remedy: a method whose traffic does not grow with the ranks (Compression.fp16, powersgd or "
-            "scalecom), fewer bits or a lower density, or no compression"
+            "other. Remedy: topology='scatter' where the method can, a method whose traffic does not grow with the "
+            "ranks (Compression.fp16, powersgd or scalecom), fewer bits or a lower density, or no compression"
         )

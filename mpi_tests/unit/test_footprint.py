@@ -94,20 +94,39 @@ def test_the_number_of_ranks_up_to_which_a_method_saves(compressor: Compressor, 
     shapes = [torch.Size([1000, 1000])] * 3
     log.warn_once.cache_clear()
     for size in (1, 2, last):
-        received, dense = traffic(compressor, shapes, size)
+        received, dense = traffic(compressor, shapes, size, "gather")
         assert received <= 1.005 * dense
         assert dense == pytest.approx(3 * 8 * N * (size - 1) / size)
-        warn_if_more_than_dense(compressor, shapes, 0, size)
+        warn_if_more_than_dense(compressor, shapes, 0, size, "gather")
     assert not caplog.records
     if last < 10_000:
-        received, dense = traffic(compressor, shapes, last + 1)
+        received, dense = traffic(compressor, shapes, last + 1, "gather")
         assert received > 1.005 * dense
         with caplog.at_level(logging.WARNING):
             for rank in (1, 0, 0, 2):
-                warn_if_more_than_dense(compressor, shapes, rank, last + 1)
+                warn_if_more_than_dense(compressor, shapes, rank, last + 1, "gather")
         (record,) = caplog.records
         assert f"moves more than no compression with {last + 1} ranks" in record.getMessage()
         assert f"{received / 1e6:,.1f} MB a step in place of {dense / 1e6:,.1f}" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("compressor", "bits"),
+    [
+        (BF16Compressor(), 32),
+        (QSGDCompressor(bits=4), 12.125),
+        (TernGradCompressor(), 2 + 12),
+        (TopKCompressor(), 0.96),
+    ],
+    ids=str,
+)
+def test_scattered_a_method_saves_with_any_number_of_ranks(compressor: Compressor, bits: float):
+    """Bits received an element: of a piece at its owner, and of the sums of all."""
+    shapes = [torch.Size([1000, 1000])] * 3
+    for size in (5, 8, 64, 1024):
+        received, dense = traffic(compressor, shapes, size)
+        assert received < dense
+    assert received == pytest.approx(3 * N * bits / 8 * 1023 / 1024, rel=1e-2)
 
 
 def test_a_rank_receives_what_all_others_gather_and_a_ring_of_what_is_added_up():
