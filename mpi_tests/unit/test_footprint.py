@@ -250,7 +250,7 @@ def test_masks_that_are_set_later_are_counted_from_then_on():
 def test_ranks_say_it_of_what_they_compress(size, min_numel, says, caplog):
     log.warn_once.cache_clear()
     named = [("w", torch.zeros(60, 80))]
-    ranks = LocalRanks([Compression.bf16(named, min_numel=min_numel) for _ in range(size)])
+    ranks = LocalRanks([Compression.bf16(named, min_numel=min_numel, topology="gather") for _ in range(size)])
     with caplog.at_level(logging.WARNING):
         for compression in ranks.compressions:
             compression.say_if_more_than_dense()
