@@ -140,7 +140,3 @@ def _cut(gathered: Tensor) -> list[Tensor]:
         buffers.append(gathered[start : start + length])
         offset = start + length + _padding(length)
     return buffers
-
-
-def is_single_rank() -> bool:
-    return bool(hvd.is_initialized()) and hvd.size() == 1
