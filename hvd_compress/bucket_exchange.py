@@ -68,8 +68,8 @@ class BucketExchange:
     def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Start the exchange of a bucket; that of the last one finishes all of them."""
         compression, buffer = self.compression, bucket.buffer()
-        devices = None if buffer.device.type == "cpu" else [buffer.device]
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        on_cpu = buffer.device.type == "cpu"
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=None if on_cpu else [buffer.device])
         if compression.size == 1 and not compression.compressor.replaces:
             future.set_result(buffer)
             return future
@@ -145,10 +145,15 @@ class BucketExchange:
         mine = weakref.ref(self)
 
         def look(_: Tensor) -> None:
-            if (exchange := mine()) is not None and (parameter.grad is None or not parameter.grad.any()):
-                exchange._gone = True
+            if (exchange := mine()) is not None:
+                exchange._look()
 
         self._watched = parameter, parameter.register_hook(look)
+
+    def _look(self) -> None:
+        assert self._watched[0] is not None
+        gradient = self._watched[0].grad
+        self._gone |= gradient is None or not gradient.any()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called for every optimizer; raises ValueError for one that the compression cannot serve."""
@@ -163,7 +168,7 @@ class BucketExchange:
         if not self._serves(optimizer):
             return
         self._sees_steps = self._stepped = True
-        scaler = next(filter(_is_scaler, itertools.islice(callers(), _CALLERS)), None)
+        scaler: Any = next(filter(_is_scaler, itertools.islice(callers(), _CALLERS)), None)
         if scaler is not None and (self._scaler is None or self._scaler() is not scaler):
             self._scaler = weakref.ref(scaler)
             self.compression.loss_scale = scaler.get_scale()  # what these gradients were multiplied by
@@ -182,11 +187,16 @@ def _gradients(bucket: dist.GradBucket) -> list[Tensor]:
     if buffer.is_sparse:
         return [buffer]
     return [
-        gradient
-        if parameter.is_contiguous()
-        else gradient.as_strided(parameter.size(), parameter.stride(), gradient.storage_offset())
+        gradient.as_strided(parameter.size(), parameter.stride(), gradient.storage_offset())
+        if not parameter.is_contiguous() and _is_dense(parameter)
+        else gradient
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients())
     ]
+
+
+def _is_dense(parameter: Tensor) -> bool:
+    """Whether its elements fill its memory, in whatever order: a new tensor like it has the same strides then."""
+    return torch.empty_like(parameter, device="meta").stride() == parameter.stride()
 
 
 def _is_scaler(caller: object) -> bool:

@@ -30,9 +30,8 @@ def hook(compression: GradientCompression, bucket: dist.GradBucket) -> torch.fut
     compression: the hook's state, of this model alone, bound to its parameters: `net.named_parameters()`, or
         `model.named_parameters()`. Attached to all ranks at the first call, unless `attach` was called before.
 
-    Gradients are whole when `backward()` returns; what it raises, it raises on every rank: MismatchError where the ranks
-    made the compression differently, ValueError for a parameter that it is not bound to, RuntimeError after a rank has
-    failed or ended.
+    Gradients are whole when `backward()` returns. It raises, on every rank, MismatchError where the ranks made the
+    compression differently, ValueError for a parameter that it is not bound to, RuntimeError after a rank has failed.
     """
     exchange = _exchanges.get(compression)
     if exchange is None or not exchange.is_current():

@@ -149,8 +149,8 @@ class TorchTransport(Transport):
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RuntimeError(
-                f"rank {self.rank} of {self.size} cannot exchange gradients any more: another rank has failed or ended, "
-                f"or the network has. Look for the first error that any rank printed. ({reason})"
+                f"rank {self.rank} of {self.size} cannot exchange gradients any more: another rank has failed or "
+                f"ended, or the network has. Look for the first error that any rank printed. ({reason})"
             ) from error
 
     def _exchange(
