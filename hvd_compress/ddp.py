@@ -8,6 +8,7 @@ Annotations are not postponed here: DDP looks at those of a hook, and takes no s
 """
 
 import functools
+import io
 import weakref
 from typing import Optional
 
@@ -57,6 +58,34 @@ def attach(compression: GradientCompression, process_group: Optional[dist.Proces
     _watch_optimizers()
     exchange = _exchanges[compression] = BucketExchange(compression, transport)
     return exchange
+
+
+class Checkpoint:
+    """A compression's state for `torch.distributed.checkpoint`, as one of the objects in what it saves or loads.
+
+    Every rank writes its own residuals, and reads them again: `dcp.save({"compression": Checkpoint(compression)})`.
+
+    saved_by: to load what another number of ranks has saved: every rank reads that of all, and takes its share.
+    """
+
+    def __init__(self, compression: GradientCompression, *, saved_by: Optional[int] = None) -> None:
+        if saved_by is not None and saved_by < 1:
+            raise ValueError(f"saved_by must be a number of ranks: {saved_by}")
+        self._compression = compression
+        self._saved_by = saved_by
+
+    def state_dict(self) -> dict[str, bytes]:
+        """Called before saving, and before loading, for the names of what there is to load."""
+        if self._saved_by is not None:
+            return {f"rank{rank}": b"" for rank in range(self._saved_by)}
+        buffer = io.BytesIO()
+        torch.save(self._compression.state_dict(), buffer)
+        return {f"rank{dist.get_rank()}": buffer.getvalue()}
+
+    def load_state_dict(self, state_dict: dict[str, bytes]) -> None:
+        """Called after loading."""
+        states = [torch.load(io.BytesIO(state), weights_only=True) for state in state_dict.values()]
+        self._compression.load_state_dict(states if self._saved_by is not None else states[0])
 
 
 @functools.cache
