@@ -34,7 +34,7 @@ def hook(compression: GradientCompression, bucket: dist.GradBucket) -> torch.fut
     Gradients are whole when `backward()` returns. It raises, on every rank, MismatchError where the ranks made the
     compression differently, ValueError for a parameter that it is not bound to, RuntimeError after a rank has failed.
     """
-    exchange = _exchanges.get(compression)
+    exchange = _exchanges.get(compression) if isinstance(compression, GradientCompression) else None
     if exchange is None or not exchange.is_current():
         exchange = attach(compression)
     return exchange.take(bucket)

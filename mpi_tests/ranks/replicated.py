@@ -71,7 +71,8 @@ def train(
 
 
 def adamw(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=1e-2)
+    """At its usual rate: it makes a step of that size of any gradient, be it nothing but rounding."""
+    return torch.optim.AdamW(net.parameters(), lr=1e-3)
 
 
 def local_gradients(net: nn.Module, rank: int, number: int) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_a_zero_redundancy_optimizer_trains_as_the_plain_one(job: Job) -> None:
     for sharded in (False, True):
         net = mlp()
         model, _ = hooked(net, tenth)
-        zero = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=1e-2)
+        zero = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=1e-3)
         optimizer = zero if sharded else adamw(net)
         train(job, model, optimizer, range(5))
         trained.append(copy(dict(net.named_parameters())))
@@ -166,7 +166,7 @@ def test_batch_norm_statistics_stay_those_of_ddp(job: Job) -> None:
     trained = []
     for make in (None, everything):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
+        net = nn.Sequential(nn.Linear(40, 30, bias=False), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
         model, _ = hooked(net, make)
         train(job, model, adamw(net), range(5))
         trained.append(copy(net.state_dict()))
