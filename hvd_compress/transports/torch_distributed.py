@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,9 +75,12 @@ class TorchTransport(Transport):
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.posted = 0  # collectives so far, the same ones on every rank
         self._device = _device(config)
-        store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"hvd_compress/{self.group.group_name}", store)
         self._gone = False
+        self._store: dist.Store | None = None
+        # A name of its own: torchrun may keep the store, with all that is in it, when it restarts the ranks.
+        name = self.broadcast("", torch.tensor([uuid.uuid4().int >> 65]), 0)
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"hvd_compress/{int(name.wait())}", store)
 
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
         reduced = tensor.to(self._device)  # in place: fused tensors are copies already
@@ -118,7 +122,7 @@ class TorchTransport(Transport):
 
     def leave(self) -> None:
         self._gone = True
-        if not self.is_current():
+        if self._store is None or not self.is_current():
             return
         with contextlib.suppress(RuntimeError):  # the store may have ended with the rank that held it
             self._store.set(str(self.rank), str(self.posted))
@@ -131,10 +135,13 @@ class TorchTransport(Transport):
         """Raise RuntimeError if this rank, or another before the collective of this number, has left."""
         if self._gone:
             raise RuntimeError(f"rank {self.rank} waits for a collective no longer: its compression was detached")
+        if (store := self._store) is None:
+            return
         with self.explained():
-            left = self._store.add(_LEAVERS, 0) and [r for r in range(self.size) if self._store.check([str(r)])]
-        for rank in left or ():
-            if int(self._store.get(str(rank))) < number:
+            count = store.add(_LEAVERS, 0)
+            left = {rank: int(store.get(str(rank))) for rank in range(self.size) if count and store.check([str(rank)])}
+        for rank, last in left.items():
+            if last < number:
                 raise RuntimeError(
                     f"rank {rank} has ended its training, or its program, while rank {self.rank} still exchanges "
                     "gradients. Give every rank the same number of batches (drop or repeat the last ones), or train "
