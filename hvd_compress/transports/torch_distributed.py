@@ -1,7 +1,7 @@
 """A torch.distributed process group as a transport. Collectives are matched by their order, as MPI's are.
 
-Tried on Gloo. On NCCL, which carries tensors of a GPU alone, frames are moved there and back; that is untried, and so
-are the other back ends: `torchrun --nproc-per-node 2 -m mpi_tests.nccl` tries it where there are two GPUs.
+Tried on Gloo alone. NCCL carries tensors of a GPU only: frames are moved there and back. Where there are two GPUs,
+`torchrun --standalone --nproc-per-node 2 mpi_tests/jobs/scripts/ddp_device.py cuda` tries that in a minute.
 """
 
 from __future__ import annotations

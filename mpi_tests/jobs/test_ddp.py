@@ -56,3 +56,9 @@ def test_a_restart_by_torchrun_goes_on_with_the_residuals(tmp_path):
     assert said[0] == said[1]
     assert all(len(lines) == 1 for lines in said[0])
     assert said[0][0] != said[0][1], "residuals differ by rank"
+
+
+def test_the_script_that_tries_a_device_runs_on_the_cpu():
+    ended = run_program("torchrun", 2, SCRIPTS / "ddp_device.py", "cpu", timeout_seconds=60)
+    assert ended.code == 0, str(ended)
+    assert re.findall(r"^(.+): loss 0", ended.of_rank(0), re.MULTILINE)[:3] == ["ddp alone", "none", "topk of all"]
