@@ -10,7 +10,7 @@ export MPI TORCH PYTHON
 run := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-repeat test-long check check-native wheel format clean distclean
+.PHONY: help setup demo test test-ddp test-repeat test-long check check-native wheel format clean distclean
 .PHONY: bench-codec bench-network bench-scale bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
 .PHONY: bench-faults bench-frames bench-soak
 
@@ -27,6 +27,9 @@ demo: setup ## train the digits example with four compressors on RANKS ranks und
 
 test: setup ## run the suite at 1, 2 and 4 ranks; ARGS go to pytest
 	@$(run)/python -m mpi_tests $(ARGS)
+
+test-ddp: setup ## run the tests of DistributedDataParallel's hook where neither Horovod nor mpi4py is installed
+	@scripts/test_ddp --sizes 1,2,3,4 $(ARGS)
 
 test-repeat: setup ## run the suite TIMES times, or the parts whose names contain PART, and count failures
 	@$(run)/python -m mpi_tests --repeat $(TIMES) --part '$(PART)' $(ARGS)

@@ -1,4 +1,4 @@
-"""Gradient compression for data-parallel PyTorch training on unmodified Horovod and on plain MPI."""
+"""Gradient compression for data-parallel PyTorch training on unmodified Horovod, on plain MPI and in torch's DDP."""
 
 from .compression import Compression
 from .fingerprint import MismatchError

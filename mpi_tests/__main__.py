@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from .part import ROOT, Part, search_path
 from .summary import summarize, summarize_runs
 
-_BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py")
+_BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py", "torch")
 _PARTS = ("unit", "ranks", "jobs")
 _LANES = 2  # of parts that run beside each other
 # The other half of the tests that start jobs have time limits, and take about as long.
@@ -46,6 +46,15 @@ def _ranks(backend: str, size: int, arguments: list[str], **environment: str) ->
         launcher = [horovodrun, "--gloo", "-np", str(size), "-H", f"localhost:{size}", sys.executable]
     if backend == "mpi4py":
         launcher += ["-m", "mpi4py"]  # so that an exception aborts the job
+    if backend == "torch":  # with tags as mpirun's, by the environment that part.py gives
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={size}",
+            "--tee=3",
+        ]
     options = ["-x", "-p", "no:cacheprovider"]
     extra = "".join(f" {variable}={value}" for variable, value in environment.items())
     return Part(

@@ -93,7 +93,7 @@ class Part:
 
     def _show(self, line: bytes, prefix: str) -> None:
         if tag := _TAG.match(line):
-            line = line[tag.end() :]
+            line = _TAG.sub(b"", line)  # torchrun marks each write, not each line
             if tag[1] != b"0":
                 line = b"rank %s| %s" % (tag[1], line)
         line = _OVERWRITTEN.sub(b"", line)
@@ -157,6 +157,7 @@ def _environment() -> dict[str, str]:
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
         "OMPI_MCA_mpi_yield_when_idle": "1",  # several times faster where ranks outnumber cores
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${rank}]<stdout>: ",  # torchrun's
         "HOROVOD_CYCLE_TIME": "4",  # ms: at 1, ranks that outnumber cores spend these on asking each other for news
     }
     if os.getuid() == 0:  # Open MPI would refuse

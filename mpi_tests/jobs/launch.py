@@ -138,6 +138,7 @@ def start(command: Sequence[str | Path], directory: Path = ROOT, **environment: 
         "PRTE_MCA_hwloc_default_binding_policy": "none",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMPI_MCA_hwloc_base_binding_policy": "none",
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${rank}]<stdout>: ",
     }
     if os.getuid() == 0:
         defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -149,6 +150,9 @@ def start(command: Sequence[str | Path], directory: Path = ROOT, **environment: 
 
 def command_of(launcher: str, ranks: int, program: Path, *arguments: str) -> list[str]:
     """How `launcher` runs a Python program. Skips the test where it cannot."""
+    if launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--tee=3"]
+        return [sys.executable, *torchrun, str(program), *arguments]
     _check_available(launcher)
     python = [sys.executable, "-u", "-W", "ignore"]
     if launcher == "mpi4py":

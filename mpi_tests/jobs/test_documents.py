@@ -15,6 +15,7 @@ EXAMPLES = [
     ("horovod-gloo", 2, "horovod_char_lm.py", "topk"),
     ("mpi4py", 2, "mpi_digits.py", "none,terngrad,adacomp,topk"),
     ("mpirun", 1, "mpi_digits.py", "topk"),
+    ("torchrun", 2, "ddp_transformer.py", "topk"),
 ]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS += sorted((ROOT / "examples").glob("*.md"))

@@ -161,6 +161,22 @@ def horovod(several: Job) -> Job:
 @pytest.fixture
 def plain_mpi(job: Job) -> Job:
     """For tests of what only hvd_compress.mpi has."""
-    if job.is_horovod:
+    if job.backend != "mpi4py":
         pytest.skip("only hvd_compress.mpi has it")
+    return job
+
+
+@pytest.fixture
+def optimizers(job: Job) -> Job:
+    """For tests of what distributed optimizers allow and DistributedDataParallel does not, or only in its own way."""
+    if job.backend == "torch":
+        pytest.skip("DistributedDataParallel has it in its own way, or not at all: see test_ddp_*")
+    return job
+
+
+@pytest.fixture
+def torch_job(job: Job) -> Job:
+    """For tests of the hook of DistributedDataParallel."""
+    if job.backend != "torch":
+        pytest.skip("only hvd_compress.ddp has it")
     return job

@@ -1,10 +1,13 @@
-"""One face for the backends, so that one test serves all: Horovod on MPI or Gloo, and mpi4py."""
+"""One face for the backends, so that one test serves all: Horovod on MPI or Gloo, mpi4py, and torch.distributed."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
+import functools
 import os
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,6 +165,83 @@ class MPIJob(Job):
         return Subset(comm.rank, comm.size, {}, {"comm": comm})
 
 
+class TorchJob(Job):
+    """torch.distributed on Gloo, without Horovod and mpi4py."""
+
+    backend = "torch"
+    is_horovod = False
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        self.dist = dist
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def allgather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        self.dist.all_gather_object(values, value)
+        return values
+
+    def distribute(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: NamedParameters,
+        compression: Any,
+        *,
+        op: str = "average",
+        process_group: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The optimizer itself, its parameters in a DistributedDataParallel whose hook combines their gradients."""
+        from hvd_compress import ddp
+
+        if options or op != "average":
+            pytest.skip(f"DistributedDataParallel has no {', '.join(options) or f'op={op}'}")
+        named_parameters = list(named_parameters)
+        if not compression.bound:
+            compression = compression(named_parameters)
+        model = _wrap(optimizer, process_group)
+        ddp.attach(compression, process_group)
+        model.register_comm_hook(compression, ddp.hook)
+        return optimizer
+
+    def transport(self) -> Transport:
+        from hvd_compress.transports.torch_distributed import TorchTransport
+
+        return TorchTransport()
+
+    def split(self, members: Sequence[Sequence[int]]) -> Subset:
+        groups = [self.dist.new_group(list(ranks)) for ranks in members]
+        mine = next(group for group, ranks in zip(groups, members) if self.rank in ranks)
+        return Subset(self.dist.get_rank(mine), self.dist.get_world_size(mine), {}, {"process_group": mine})
+
+
+def _wrap(optimizer: Any, process_group: Any) -> torch.nn.Module:
+    """Put an optimizer's parameters into a DistributedDataParallel, which waits for gradients anew after zero_grad().
+
+    It does so in its forward pass, and these tests, whose losses are made of the parameters, have no other.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    module = torch.nn.Module()
+    module.parts = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
+    module.forward = lambda: None
+    model = DistributedDataParallel(module, process_group=process_group, bucket_cap_mb=1e-3)
+    model()
+    optimizer.zero_grad = functools.partial(_zero_grad, weakref.ref(optimizer), model)
+    optimizer.synchronize = lambda: None  # gradients are combined when backward() returns
+    optimizer.skip_synchronize = contextlib.nullcontext
+    return model
+
+
+def _zero_grad(of: weakref.ref[Any], model: torch.nn.Module, *arguments: Any) -> None:
+    optimizer = of()
+    assert optimizer is not None
+    type(optimizer).zero_grad(optimizer, *arguments)
+    model()
+
+
 def join(backend: str) -> Job:
     """Become a rank of the job that this process was launched for."""
-    return MPIJob() if backend == "mpi4py" else HorovodJob(backend)
+    return {"mpi4py": MPIJob, "torch": TorchJob}[backend]() if backend in ("mpi4py", "torch") else HorovodJob(backend)

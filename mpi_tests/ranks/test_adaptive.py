@@ -143,6 +143,7 @@ def test_resumed_in_mid_interval_equals_uninterrupted_to_the_bit(job: Job, kind:
     assert resumed.rates[-1] == first.rates[-1]
 
 
+@pytest.mark.usefixtures("optimizers")
 @pytest.mark.parametrize("objective", ["bytes", "time"])
 def test_two_may_decide_in_the_same_step(job: Job, objective: str) -> None:
     """Their hooks fire in an order that differs by rank."""

@@ -84,6 +84,7 @@ def test_every_rank_sees_a_tensor_that_is_not_finite_on_one(several: Job, kind: 
         assert torch.isfinite(of[name].grad).all()
 
 
+@pytest.mark.usefixtures("optimizers")
 @pytest.mark.parametrize("kind", WITH_RESIDUALS)
 def test_a_bad_sparse_gradient_keeps_residuals(several: Job, kind: str) -> None:
     job = several

@@ -100,6 +100,7 @@ def test_clipping_between_synchronize_and_step_sees_combined_gradients(job: Job,
     assert_replicated(job, of)
 
 
+@pytest.mark.usefixtures("optimizers")
 def test_step_after_synchronize_warns_without_skip_synchronize(job: Job) -> None:
     of = parameters()
     optimizer = job.distribute(sgd(of), of.items(), Compression.none(of.items()))

@@ -58,6 +58,7 @@ def test_gradients_may_become_ready_in_any_order(job: Job, kind: str, bucket_byt
         assert_equal(grads(of), simulation.exchange([gradients(of, rank, step) for rank in range(job.size)]))
 
 
+@pytest.mark.usefixtures("optimizers")
 @pytest.mark.parametrize(
     ("kind", "bucket_bytes"),
     [("none", 1), ("bf16", 1), ("terngrad", 1), ("terngrad", 1 << 20), ("adacomp", 1), ("topk", 1 << 20)],
@@ -119,6 +120,7 @@ def test_a_parameter_frozen_before_wrapping_takes_no_part(job: Job, kind: str) -
     assert_replicated(job, of)
 
 
+@pytest.mark.usefixtures("optimizers")
 @pytest.mark.parametrize("kind", ["none", *IN_FRAMES])
 def test_a_parameter_frozen_during_training_stays_as_it_is(job: Job, kind: str) -> None:
     """Also when some of its gradient still waits in a residual."""
@@ -136,6 +138,7 @@ def test_a_parameter_frozen_during_training_stays_as_it_is(job: Job, kind: str) 
     assert_replicated(job, of)
 
 
+@pytest.mark.usefixtures("optimizers")
 @pytest.mark.parametrize("kind", ["none", "terngrad", "adacomp"])
 def test_a_parameter_frozen_for_a_while_trains_again(job: Job, kind: str) -> None:
     of = parameters()
@@ -209,6 +212,7 @@ def test_float64_is_averaged_in_float64(several: Job) -> None:
     assert all(torch.allclose(p.grad, torch.full_like(p, mean), rtol=0, atol=1e-15) for p in of.values())
 
 
+@pytest.mark.usefixtures("optimizers")
 @pytest.mark.parametrize("kind", COMPRESSIONS)
 def test_sparse_gradients_pass_beside_compressed_ones(job: Job, kind: str) -> None:
     torch.manual_seed(0)

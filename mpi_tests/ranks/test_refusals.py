@@ -49,6 +49,7 @@ def test_sparse_as_dense_is_refused(horovod: Job) -> None:
     del optimizer
 
 
+@pytest.mark.usefixtures("optimizers")
 def test_an_unbound_parameter_is_refused(job: Job) -> None:
     of = parameters()
     compression = COMPRESSIONS["topk"]([("a", of["a"]), ("b", of["b"])])
@@ -99,6 +100,8 @@ def made_differently(job: Job, how: str):
 )
 def test_ranks_that_differ_are_told_so_and_can_go_on(several: Job, how: str, told: str) -> None:
     job = several
+    if (job.backend, how) == ("torch", "shape"):
+        pytest.skip("DistributedDataParallel itself refuses such models")
     of, compression = made_differently(job, how)
 
     def run(of, compression) -> None:

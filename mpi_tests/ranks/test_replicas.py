@@ -18,6 +18,7 @@ from .training import (
     assert_equal,
     assert_replicated,
     copy,
+    takes_part,
 )
 
 STEPS = [60, pytest.param(200, marks=pytest.mark.long)]
@@ -51,9 +52,11 @@ def loss(of: nn.Module, rank: int, step: int) -> Tensor:
     return nn.functional.mse_loss(of(batch), torch.stack([pixels.mean((1, 2)), pixels[:, 0, 0], pixels[:, 5, 5]], 1))
 
 
-def sgd(of: nn.Module, kind: str = "", size: int = 1) -> torch.optim.Optimizer:
-    """DGC has the momentum itself, where there are ranks to exchange with."""
-    return torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.0 if kind == "dgc" and size > 1 else 0.5)
+def sgd(of: nn.Module, kind: str = "none", size: int = 1) -> torch.optim.Optimizer:
+    """DGC has the momentum itself, where it takes part."""
+    compression = MAKE[kind](of.named_parameters())
+    has_it = bool(compression.compressor.replaces) and takes_part(size, compression)
+    return torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.0 if has_it else 0.5)
 
 
 def train_simulated(

@@ -42,6 +42,7 @@ def test_they_may_step_in_turn(job: Job, kinds: tuple[str, str]) -> None:
         side.step(step)
 
 
+@pytest.mark.usefixtures("optimizers")
 @pytest.mark.parametrize("kinds", PAIRS)
 def test_both_may_have_gradients_under_way_at_once(job: Job, kinds: tuple[str, str]) -> None:
     """Begun in an order that differs by rank, ended in one that is the same."""
@@ -53,6 +54,7 @@ def test_both_may_have_gradients_under_way_at_once(job: Job, kinds: tuple[str, s
             side.step(step)
 
 
+@pytest.mark.usefixtures("optimizers")
 def test_one_backward_may_reach_both(job: Job) -> None:
     """As of a generator whose loss runs through its discriminator."""
     sides = [Side(job, kind, seed) for seed, kind in enumerate(("adacomp", "terngrad"))]

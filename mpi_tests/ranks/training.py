@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,12 +76,20 @@ def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def takes_part(size: int, compression: GradientCompression) -> bool:
+    """Whether a compression does anything among so many ranks: one rank has a use for a momentum alone, and DDP alone
+    calls it there."""
+    on_torch = os.environ.get("HVD_COMPRESS_BACKEND") == "torch"
+    return size > 1 or (on_torch and bool(compression.compressor.replaces))
+
+
 class Simulation:
-    """What a job of as many ranks must do to gradients, by simulated ranks in this process; one rank does nothing."""
+    """What a job of as many ranks must do to gradients, by simulated ranks in this process."""
 
     def __init__(self, size: int, make: MakeCompression, of: Mapping[str, Tensor]) -> None:
         self.size = size
-        self._ranks = LocalRanks([make(list(of.items())) for _ in range(size)]) if size > 1 else None
+        compressions = [make(list(of.items())) for _ in range(size)]
+        self._ranks = LocalRanks(compressions) if takes_part(size, compressions[0]) else None
 
     def exchange(self, of_ranks: Sequence[Gradients], *, average: bool = True) -> Gradients:
         assert len(of_ranks) == self.size
@@ -89,6 +98,12 @@ class Simulation:
         results = self._ranks.exchange(of_ranks, average=average)
         assert all(equal(result, results[0]) for result in results)
         return results[0]
+
+    def load(self, of_ranks: Sequence[Gradients]) -> None:
+        """Go on from these residuals, by rank."""
+        assert self._ranks is not None
+        for compression, mine in zip(self._ranks.compressions, of_ranks):
+            compression.memory.load_state_dict(mine)
 
     def residuals(self, rank: int) -> Gradients:
         return residuals(self._ranks.compressions[rank]) if self._ranks else {}

@@ -25,8 +25,8 @@ MODULES = {
 # From the top. A layer may use itself only where it is a package, whose modules build on their base.
 LAYERS = [
     {"hvd_compress"},
-    {"compression", "mpi", "local", "elastic"},
-    {"mpi_optimizer"},
+    {"compression", "ddp", "mpi", "local", "elastic"},
+    {"mpi_optimizer", "bucket_exchange"},
     {"gradient_exchange"},
     {"gradient_compression"},
     {"session"},

@@ -1,0 +1,203 @@
+"""Exchanges the gradients of DistributedDataParallel's buckets, and follows the steps that are made by them.
+
+DDP calls its hook for one bucket after the other, in the same order on every rank, and rebuilds its buckets after the
+first step: state stays by parameter. Exchanges start when a bucket comes, and run in a thread during backward; the call
+for the last bucket of a pass finishes them all, so that gradients are whole when `backward()` returns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .calls import callers
+from .engine import Ticket
+from .gradient_compression import GradientCompression
+from .transports.base import Transport
+
+_CALLERS = 12  # a GradScaler calls an optimizer's step, and that its hooks, through a few wrappers
+
+
+@dataclass
+class _Running:
+    """A gradient whose exchange has begun: a view of its bucket, but for a sparse one."""
+
+    ticket: Ticket
+    gradient: Tensor
+
+
+@dataclass
+class _Bucket:
+    """What DDP waits for."""
+
+    future: torch.futures.Future[Tensor]
+    buffer: Tensor
+    running: list[_Running]
+
+
+class BucketExchange:
+    """One compression's, over one set of ranks."""
+
+    def __init__(self, compression: GradientCompression, transport: Transport) -> None:
+        self._compression = weakref.ref(compression)  # which DDP holds
+        self._transport = transport
+        self._buckets: list[_Bucket] = []  # of the pass under way
+        self._sees_steps = False  # of an optimizer that has some of the parameters
+        self._stepped = False  # since the gradients were finished last
+        self._gone = False  # and since then gradients were thrown away
+        self._watched: tuple[Tensor | None, Any] = None, None
+        self._scaler: weakref.ref[Any] | None = None
+        self._checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    @property
+    def compression(self) -> GradientCompression:
+        compression = self._compression()
+        assert compression is not None, "who calls holds it"
+        return compression
+
+    def is_current(self) -> bool:
+        """Whether this still is the process group that the program trains on."""
+        return self._transport.is_current()
+
+    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Start the exchange of a bucket; that of the last one finishes all of them."""
+        compression, buffer = self.compression, bucket.buffer()
+        on_cpu = buffer.device.type == "cpu"
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=None if on_cpu else [buffer.device])
+        if compression.size == 1 and not compression.compressor.replaces:
+            future.set_result(buffer)
+            return future
+        try:
+            self._start(bucket, _Bucket(future, buffer, []))
+            if bucket.is_last():
+                self._finish()
+        except BaseException:
+            self._buckets.clear()
+            raise
+        return future
+
+    def _start(self, bucket: dist.GradBucket, started: _Bucket) -> None:
+        parameters = bucket.parameters()
+        if bucket.index() == 0:
+            if self._buckets:
+                raise RuntimeError(
+                    "this compression is the state of the hooks of two models whose backward passes overlap: make one "
+                    "for each, bound to its own parameters"
+                )
+            self._begin(parameters[0])
+        self._buckets.append(started)
+        indices = [self._index(parameter) for parameter in parameters]
+        for index, parameter, gradient in zip(indices, parameters, _gradients(bucket)):
+            real = torch.view_as_real(gradient) if parameter.is_complex() else gradient
+            ticket = self.compression.submit(index, real, in_place=True)
+            started.running.append(_Running(ticket, real))
+
+    def _index(self, parameter: Tensor) -> int:
+        index = self.compression.binding.index_of.get(id(parameter))
+        if index is None:
+            raise ValueError(
+                f"DistributedDataParallel reduces a parameter of shape {tuple(parameter.shape)} that is not among the "
+                "named_parameters of this compression: bind it to all of net.named_parameters(), and make it after the "
+                "last change of the model, such as SyncBatchNorm.convert_sync_batchnorm or .to(dtype)"
+            )
+        return index
+
+    def _finish(self) -> None:
+        buckets, self._buckets = self._buckets, []
+        for bucket in buckets:
+            result = bucket.buffer
+            for running in bucket.running:
+                total = self.compression.finish(running.ticket, running.gradient, average=True)
+                if running.gradient.is_sparse:
+                    result = total
+                elif total.data_ptr() != running.gradient.data_ptr():
+                    running.gradient.copy_(total)
+            bucket.future.set_result(result)
+        self._stepped = self._gone = False
+
+    # Steps
+
+    def _begin(self, first: Tensor) -> None:
+        """A pass begins: residuals follow the last one, unless its gradients were thrown away.
+
+        Gradients that stay, and are added to, are handed in once more with what comes now: they did count.
+        """
+        compression = self.compression
+        if self._gone and self._sees_steps and not self._stepped:
+            compression.discard()
+        if self._scaler is not None and (scaler := self._scaler()) is not None:
+            compression.loss_scale = scaler.get_scale()
+        self._watch(first)
+
+    def _watch(self, parameter: Tensor) -> None:
+        """See whether gradients stand there still when new ones come: of one parameter, in the place of all."""
+        watched, handle = self._watched
+        if watched is parameter:
+            return
+        if handle is not None:
+            handle.remove()
+        mine = weakref.ref(self)
+
+        def look(_: Tensor) -> None:
+            if (exchange := mine()) is not None:
+                exchange._look()
+
+        self._watched = parameter, parameter.register_hook(look)
+
+    def _look(self) -> None:
+        assert self._watched[0] is not None
+        gradient = self._watched[0].grad
+        self._gone |= gradient is None or not gradient.any()
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called for every optimizer; raises ValueError for one that the compression cannot serve."""
+        if optimizer in self._checked or not self._serves(optimizer):
+            return
+        if conflict := self.compression.compressor.conflict(optimizer):
+            raise ValueError(conflict)
+        self._checked.add(optimizer)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called for every optimizer: whether it has applied the gradients, and by which GradScaler."""
+        if not self._serves(optimizer):
+            return
+        self._sees_steps = self._stepped = True
+        scaler: Any = next(filter(_is_scaler, itertools.islice(callers(), _CALLERS)), None)
+        if scaler is not None and (self._scaler is None or self._scaler() is not scaler):
+            self._scaler = weakref.ref(scaler)
+            self.compression.loss_scale = scaler.get_scale()  # what these gradients were multiplied by
+
+    def _serves(self, optimizer: torch.optim.Optimizer) -> bool:
+        compression = self._compression()
+        if compression is None:
+            return False
+        known = compression.binding.index_of
+        return any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _gradients(bucket: dist.GradBucket) -> list[Tensor]:
+    """As they lie in the bucket: with the strides of their parameters, as of channels_last, where these are dense."""
+    buffer = bucket.buffer()
+    if buffer.is_sparse:
+        return [buffer]
+    return [
+        gradient.as_strided(parameter.size(), parameter.stride(), gradient.storage_offset())
+        if not parameter.is_contiguous() and _is_dense(parameter)
+        else gradient
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients())
+    ]
+
+
+def _is_dense(parameter: Tensor) -> bool:
+    """Whether its elements fill its memory, in whatever order: a new tensor like it has the same strides then."""
+    return torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+
+
+def _is_scaler(caller: object) -> bool:
+    return hasattr(caller, "unscale_") and hasattr(caller, "get_scale")

@@ -1,0 +1,182 @@
+"""A torch.distributed process group as a transport. Collectives are matched by their order, as MPI's are.
+
+Tried on Gloo alone. NCCL carries tensors of a GPU only: frames are moved there and back. Where there are two GPUs,
+`torchrun --standalone --nproc-per-node 2 mpi_tests/jobs/scripts/ddp_device.py cuda` tries that in a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..requests import ReduceOp
+from .base import Pending, PolledPending, Transport
+
+_PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for ranks that have left
+_LEAVERS = "leavers"  # in the store: how many ranks take part no longer
+
+_OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, ReduceOp.MIN: dist.ReduceOp.MIN}
+
+
+class _WorkPending(PolledPending):
+    """A collective under way; holds its buffers until it is done."""
+
+    def __init__(self, transport: TorchTransport, work: Any, answer: Callable[[], Any], buffers: object) -> None:
+        self._transport, self._work, self._answer, self._buffers = transport, work, answer, buffers
+        transport.posted += 1
+        self._number = transport.posted
+        self._look = time.monotonic() + _PATIENCE_SECONDS
+
+    def ready(self) -> bool:
+        if self._work.is_completed():
+            return True
+        if time.monotonic() > self._look:
+            self._transport.check_peers(self._number)
+            self._look = time.monotonic() + _PATIENCE_SECONDS
+        return False
+
+    def wait(self) -> Any:
+        self.await_ready()
+        with self._transport.explained():
+            self._work.wait()
+        self._buffers = None
+        return self._answer()
+
+
+class TorchTransport(Transport):
+    """The ranks of `process_group`, None for all, in a group of its own: the program's traffic cannot be mistaken for
+    this. Collective over these ranks.
+
+    Raises RuntimeError where torch.distributed is not initialized, and on a rank that is not in the group.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "torch.distributed is not initialized: call torch.distributed.init_process_group() before the model is "
+                "wrapped, and destroy_process_group() after its last backward pass"
+            )
+        if dist.get_rank(process_group) < 0:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} is not in the process group of this compression: give it the one that "
+                "DistributedDataParallel was given"
+            )
+        self._world = dist.group.WORLD
+        config = str(dist.get_backend_config(process_group))
+        ranks = dist.get_process_group_ranks(process_group)
+        self.group = dist.new_group(ranks, backend=config, use_local_synchronization=True)
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.posted = 0  # collectives so far, the same ones on every rank
+        self._device = _device(config)
+        self._gone = False
+        self._store: dist.Store | None = None
+        # A name of its own: torchrun may keep the store, with all that is in it, when it restarts the ranks.
+        name = self.broadcast("", torch.tensor([uuid.uuid4().int >> 65]), 0)
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"hvd_compress/{int(name.wait())}", store)
+
+    def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
+        reduced = tensor.to(self._device)  # in place: fused tensors are copies already
+        return self._post(
+            lambda: dist.all_reduce(reduced, _OPS[op], self.group, async_op=True),
+            lambda: reduced.to(tensor.device),
+            reduced,
+        )
+
+    def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
+        received = tensor.to(self._device).contiguous()
+        source = dist.get_global_rank(self.group, root)
+        return self._post(
+            lambda: dist.broadcast(received, source, self.group, async_op=True),
+            lambda: received.to(tensor.device),
+            received,
+        )
+
+    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        """The same parts to everyone: on Gloo, an allgather of large messages takes several times as long as this, and
+        none knows lengths that differ.
+        """
+        return self.alltoall(name, [parts] * self.size)
+
+    def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
+        outgoing = [sum(part.numel() for part in destination) for destination in parts]
+        lengths = torch.empty(self.size, dtype=torch.int64, device=self._device)
+        mine = torch.tensor(outgoing, device=self._device)
+        exchange = self._exchange(lengths, mine, None, None)
+        incoming: list[int] = self._post(exchange, lengths.tolist, mine).wait()
+        sent = _joined([part for destination in parts for part in destination]).to(self._device)
+        landing = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
+        return self._post(
+            self._exchange(landing, sent, incoming, outgoing), lambda: list(landing.cpu().split(incoming)), sent
+        )
+
+    def is_current(self) -> bool:
+        return dist.is_initialized() and dist.group.WORLD is self._world
+
+    def leave(self) -> None:
+        self._gone = True
+        if self._store is None or not self.is_current():
+            return
+        with contextlib.suppress(RuntimeError):  # the store may have ended with the rank that held it
+            self._store.set(str(self.rank), str(self.posted))
+            self._store.add(_LEAVERS, 1)
+
+    def abort(self) -> None:
+        """Nothing: what is left behind is a thread that only looks, and ends with the process."""
+
+    def check_peers(self, number: int) -> None:
+        """Raise RuntimeError if this rank, or another before the collective of this number, has left."""
+        if self._gone:
+            raise RuntimeError(f"rank {self.rank} waits for a collective no longer: its compression was detached")
+        if (store := self._store) is None:
+            return
+        with self.explained():
+            count = store.add(_LEAVERS, 0)
+            left = {rank: int(store.get(str(rank))) for rank in range(self.size) if count and store.check([str(rank)])}
+        for rank, last in left.items():
+            if last < number:
+                raise RuntimeError(
+                    f"rank {rank} has ended its training, or its program, while rank {self.rank} still exchanges "
+                    "gradients. Give every rank the same number of batches (drop or repeat the last ones), or train "
+                    "inside torch.distributed.algorithms.Join([model])."
+                )
+
+    @contextlib.contextmanager
+    def explained(self) -> Any:
+        """Say what an error of torch.distributed means."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} cannot exchange gradients any more: another rank has failed or "
+                f"ended, or the network has. Look for the first error that any rank printed. ({reason})"
+            ) from error
+
+    def _exchange(
+        self, received: Tensor, sent: Tensor, incoming: list[int] | None, outgoing: list[int] | None
+    ) -> Callable[[], Any]:
+        return lambda: dist.all_to_all_single(received, sent, incoming, outgoing, self.group, async_op=True)
+
+    def _post(self, start: Callable[[], Any], answer: Callable[[], Any], buffers: object) -> Pending:
+        with self.explained():
+            work = start()
+        return _WorkPending(self, work, answer, buffers)
+
+
+def _device(config: str) -> torch.device:
+    """Where a group's tensors must be, such as for "cpu:gloo,cuda:nccl": on the CPU if it carries these."""
+    backends = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
+    kind = "cpu" if backends.get("cpu", "nccl") != "nccl" else next(d for d in backends if d != "cpu")
+    return torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu")
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.uint8)
