@@ -27,6 +27,7 @@ from .compressors import (
     relative_error,
     warn_if_more_than_dense,
 )
+from .compressors.base import max_abs
 from .engine import Engine, Ticket, cut
 from .log import log
 from .memory import (
@@ -345,8 +346,7 @@ class Session:
         """Look for non-finite values in a tensor that is reduced, hence the same on every rank."""
         if self.compressor.stateful:
             values = reduced.coalesce().values() if reduced.is_sparse else reduced
-            # One pass: a sum in float64 is finite exactly if all values are, short of 1e308.
-            self._finite = self._finite and math.isfinite(float(values.sum(dtype=torch.float64)))
+            self._finite = self._finite and max_abs(values) < math.inf
 
     def _look(self, compressor: Compressor, slot: Slot, gradient: Tensor) -> None:
         """Before its exchange changes anything: at what rate a gradient travels, and what of it will be lost."""

@@ -72,7 +72,7 @@ class DGCCompressor(EntriesCodec):
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         if self.grouped(slot):
             return (yield from super().exchange(slot, gradient))
-        velocity, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
+        velocity, step = self._stepped(slot, gradient)
         total: Tensor = yield Allreduce(slot.memory.compensate(slot.name, step), last=True)
         if max_abs(total) == math.inf:
             return None
@@ -82,7 +82,7 @@ class DGCCompressor(EntriesCodec):
     def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         density = self.density_of(slot)
         k = entries_of(density, gradient.numel())
-        velocity, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
+        velocity, step = self._stepped(slot, gradient)
         payload: Tensor | None = slot.room(kernels.sparse_bytes(step.numel(), k))
         kept, residual = slot.memory.room(slot.name, step), slot.memory.residual(slot.name, step.device)
         kernel = kernels.of(step)
@@ -90,7 +90,8 @@ class DGCCompressor(EntriesCodec):
             payload = None
         else:
             assert payload is not None
-            velocity[kernel.sparse_positions(payload, step.numel()).to(velocity.device)] = 0
+            if self.momentum:
+                velocity[kernel.sparse_positions(payload, step.numel()).to(velocity.device)] = 0
             self._propose(slot, velocity, kept)
         return self.framed(slot, gradient, payload, rate=density)
 
@@ -135,16 +136,20 @@ class DGCCompressor(EntriesCodec):
             gradient = gradient.add(flat32(slot.parameter).to(gradient.device), alpha=self.weight_decay * loss_scale)
         return gradient
 
-    def momentum_of(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The new u, and what `gradient`, float32 [numel], adds to the residual with it; u is a new tensor."""
-        velocity = slot.memory.residual(key(slot.name, MOMENTUM), gradient.device)
-        if velocity is None:
-            velocity = torch.zeros_like(gradient)
-        if not self.nesterov:
-            velocity = velocity * self.momentum + gradient
-            return velocity, velocity
-        velocity = (velocity + gradient) * self.momentum
-        return velocity, velocity + gradient
+    def momentum_of(self, slot: Slot, gradient: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The new u, in `out` or new memory, and what `gradient`, float32 [numel], adds to the residual with it."""
+        if not self.momentum:
+            return gradient, gradient
+        velocity = torch.empty_like(gradient) if out is None else out
+        before = slot.memory.residual(key(slot.name, MOMENTUM), gradient.device)
+        kernels.of(gradient).momentum(gradient, before, self.momentum, self.nesterov, velocity)
+        return velocity, velocity + gradient if self.nesterov else velocity
+
+    def _stepped(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """As `momentum_of`, in memory that is kept for it."""
+        prepared = self.prepare(slot, flat32(gradient))
+        room = slot.memory.room(key(slot.name, MOMENTUM), prepared) if self.momentum else None
+        return self.momentum_of(slot, prepared, room)
 
     def _propose(self, slot: Slot, velocity: Tensor, residual: Tensor) -> None:
         slot.memory.propose(slot.name, residual)

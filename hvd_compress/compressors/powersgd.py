@@ -17,13 +17,11 @@ from ..kernels.random import RANDOM_BITS
 from ..memory import FACTOR, FACTORS, RESIDUALS, SPARE, key
 from ..requests import Allreduce, Exchange
 from ..schedules import Rate, value_at
-from .base import Compressor, Slot, flat32, max_abs
+from .base import Compressor, Slot, flat, flat32, max_abs
 from .footprint import Sent
 
 _MIN_RATIO = 2  # of dense bytes to sent ones: what saves less travels as it is
 _LARGEST = 2.0**125  # so that twice a norm is finite in float32
-_BLOCK = 1 << 16  # elements that stay in a processor's cache
-_DEPENDENT = 1e-6  # of a column's norm, left when the columns before it are taken out: float32 noise
 
 
 @dataclass(frozen=True)
@@ -61,28 +59,31 @@ class PowerSGDCompressor(Compressor):
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         rank = rank_of(gradient.shape, self.rate_of(slot))
-        accumulated = slot.memory.compensate(slot.name, flat32(gradient))
         if not rank:
-            total: Tensor = yield Allreduce(accumulated, last=True)
-            if max_abs(total) == math.inf:
-                return None
-            slot.memory.propose(slot.name, torch.zeros_like(accumulated))
-            return total
-        matrix = accumulated.view(matrix_shape(gradient.shape))
-        left = matrix @ starting_factor(slot, matrix.shape[1], rank).to(matrix.device)
-        if not max_abs(accumulated) * math.sqrt(accumulated.numel()) < _LARGEST:
+            return (yield from _as_it_is(slot, gradient))
+        values, (rows, columns) = flat(gradient), matrix_shape(gradient.shape)
+        kernel = kernels.of(values)
+        kept, residual = slot.memory.room(slot.name, values), slot.memory.residual(slot.name, values.device)
+        left = kept.new_empty(rows, rank)
+        start = starting_factor(slot, columns, rank).t().to(kept.device)
+        largest = kernel.project(values, residual, kept, start, left)
+        if not largest * math.sqrt(kept.numel()) < _LARGEST:
             left.fill_(math.nan)  # so that every rank sees it in the sum, whatever this product has made of it
         left = yield Allreduce(left)
         if max_abs(left) == math.inf:
             return None
-        left = orthonormalise(left)
-        right = (left.t() @ matrix).t().contiguous()
-        factor: Tensor = yield Allreduce(right, last=True)
+        left = kernels.orthonormalise(left)
+        mine = kept.new_empty(rank, columns)
+        kernel.backproject(kept, left, mine)
+        factor: Tensor = yield Allreduce(mine, last=True)
         if max_abs(factor) == math.inf:
             return None
-        slot.memory.propose(slot.name, matrix.addmm_(left, right.t(), alpha=-1).view(-1))
-        slot.memory.propose(key(slot.name, FACTOR), factor)
-        return product(left, factor).view(-1)
+        out = torch.empty_like(kept) if slot.out is None else slot.out
+        slot.bound = kernel.rebuild(kept, left, mine, factor.contiguous(), slot.divisor, out)
+        slot.divided = True
+        slot.memory.propose(slot.name, kept)
+        slot.memory.propose(key(slot.name, FACTOR), factor.t().contiguous())
+        return out
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:
         """The ranks that a controller may choose from for a gradient of `shape`: powers of two; none if none saves."""
@@ -109,6 +110,15 @@ class PowerSGDCompressor(Compressor):
         return [largest * math.sqrt(rest + tails[rank]) if rank else 0.0 for rank in ranks]
 
 
+def _as_it_is(slot: Slot, gradient: Tensor) -> Exchange:
+    accumulated = slot.memory.compensate(slot.name, flat32(gradient))
+    total: Tensor = yield Allreduce(accumulated, last=True)
+    if max_abs(total) == math.inf:
+        return None
+    slot.memory.propose(slot.name, torch.zeros_like(accumulated))
+    return total
+
+
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """First dimension by all others; a vector is a column."""
     rows = shape[0] if shape else 1
@@ -133,10 +143,11 @@ def starting_factor(slot: Slot, columns: int, rank: int) -> Tensor:
     if kept is not None and len(kept) == columns:
         start[: kept.shape[1]] = kept.t()[:rank]
     largest = start.abs().amax(1)
-    for column in torch.nonzero(largest == 0).view(-1).tolist():
-        start[column] = random_direction(columns, kernels.stream_key(slot.seed, slot.index, column))
-        largest[column] = 1
-    return (start / largest.unsqueeze(1) / math.sqrt(columns)).t()
+    for column, top in enumerate(largest.tolist()):
+        if top == 0:
+            start[column] = random_direction(columns, kernels.stream_key(slot.seed, slot.index, column))
+            largest[column] = 1
+    return start.div_(largest.unsqueeze(1)).div_(math.sqrt(columns)).t()
 
 
 def random_direction(numel: int, key: int) -> Tensor:
@@ -145,56 +156,12 @@ def random_direction(numel: int, key: int) -> Tensor:
     return (kernels.random_bits(numel, key).to(torch.float64) + (0.5 - half)) / half
 
 
-def orthonormalise(matrix: Tensor) -> Tensor:
-    """The columns of float32 [n, r], r <= n, by Gram-Schmidt; a column that depends on those before it becomes zero.
-
-    Every rank does this for itself: all steps are elementwise operations and running sums in float64, whose bits do not
-    depend on the processor or its number of threads, as those of a matrix product do.
-    """
-    basis = torch.zeros(matrix.shape[::-1], dtype=torch.float64, device=matrix.device)
-    for number, column in enumerate(matrix.t().to(torch.float64)):
-        basis[number] = _direction(column, basis[:number])
-    return basis.to(torch.float32).t()
-
-
-def _direction(column: Tensor, basis: Tensor) -> Tensor:
-    """What `column`, [n], has beside the rows of `basis`, orthonormal [r, n], with norm 1; zeros if that is nothing."""
-    largest = float(column.abs().max())
-    if largest == 0:
-        return torch.zeros_like(column)
-    rest = column / largest  # its square must not underflow
-    before = float(_sum(rest * rest, 0))
-    for _ in range(2 if len(basis) else 0):  # once leaves rounding errors of the size of what was taken out
-        rest = rest - _sum(basis * _sum(basis * rest, 1).unsqueeze(1), 0)
-    after = float(_sum(rest * rest, 0))
-    return rest / math.sqrt(after) if after > before * _DEPENDENT**2 else torch.zeros_like(column)
-
-
-def _sum(values: Tensor, dimension: int) -> Tensor:
-    """Added up one by one: `torch.sum` goes by the vector registers of the processor."""
-    return values.cumsum(dimension).select(dimension, -1)
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.t(), float32 [rows, columns], with the same bits on every rank, as `orthonormalise` has."""
-    rows, columns = len(left), len(right)
-    step = max(_BLOCK // columns, 1) if left.device.type == "cpu" else rows
-    lines = right.t().contiguous()
-    result = left.new_empty(rows, columns)
-    for start in range(0, rows, step):
-        block, factors = result[start : start + step], left[start : start + step]
-        torch.mul(factors[:, :1], lines[0], out=block)
-        for number in range(1, len(lines)):
-            block += factors[:, number : number + 1] * lines[number]
-    return result
-
-
 def _spectrum(matrix: Tensor, rank: int) -> tuple[float, list[float]]:
     """Of float32 [rows, columns] and a subspace of `rank` that it nearly spans: the squared norm of what is outside,
     and of what is inside but for its r largest singular values, for r from 0 to `rank`."""
     right = torch.stack([random_direction(matrix.shape[1], kernels.stream_key(number)) for number in range(rank)], 1)
-    left = orthonormalise(matrix @ right.to(matrix.device, torch.float32))
-    left = orthonormalise(matrix @ orthonormalise((left.t() @ matrix).t()))
+    left = kernels.orthonormalise(matrix @ right.to(matrix.device, torch.float32))
+    left = kernels.orthonormalise(matrix @ kernels.orthonormalise((left.t() @ matrix).t()))
     inside = left.t() @ matrix
     outside = torch.linalg.vector_norm(torch.addmm(matrix, left, inside, alpha=-1), dtype=torch.float64)
     squares = (torch.linalg.svdvals(inside.to(torch.float64)) ** 2).tolist()

@@ -16,7 +16,7 @@ from ..memory import RESIDUALS, SPARE
 from ..requests import Allreduce, Broadcast, Exchange
 from ..schedules import Rate, density_at, entries_of
 from ..wire import WireError
-from .base import Compressor, Slot, flat32, max_abs
+from .base import Compressor, Slot, flat, flat32, max_abs
 from .footprint import Sent
 
 
@@ -57,37 +57,36 @@ class ScaleComCompressor(Compressor):
         return {RESIDUALS: 4 * slot.shape.numel(), SPARE: 4 * slot.shape.numel()}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        accumulated = slot.memory.compensate(slot.name, flat32(gradient))
-        numel = accumulated.numel()
+        numel = gradient.numel()
         k = self.entries(slot, numel)
-        if saves(numel, k):
-            finite = max_abs(accumulated) < math.inf
-            leader = slot.step % slot.size
-            picks = self.pick(accumulated, k) if slot.rank == leader and finite else torch.arange(k)
-            positions: Tensor = yield Broadcast(picks.to(accumulated.device, _index_type(numel)), leader)
-            positions = positions.to(torch.int64)
-            sound = are_positions(positions, k, numel)
-            if not sound:
-                positions = torch.arange(k, device=accumulated.device)
-            # How many ranks have what is not finite, which need not be at these positions, and, past the number of
-            # ranks, how many got no positions: so all ranks learn of both.
-            flag = accumulated.new_tensor([(not finite) + (not sound) * (slot.size + 1.0)])
-            summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]), last=True)
-            summed, flags = summed[:-1], float(summed[-1])
-            if flags > slot.size:
-                found = "others on this rank" if not sound else "others on another rank"
-                raise WireError(leader, slot.name, f"{k} ascending positions below {numel}", found)
-            if flags:
-                return None
-            total = torch.zeros_like(accumulated).index_copy_(0, positions, summed)
-            accumulated[positions] = 0
-        else:
-            summed = total = yield Allreduce(accumulated, last=True)
-            accumulated = torch.zeros_like(accumulated)
-        if max_abs(summed) == math.inf:
+        if not saves(numel, k):
+            return (yield from _as_it_is(self, slot, gradient))
+        leader = slot.step % slot.size
+        values, accumulated = flat(gradient), slot.memory.room(slot.name, gradient)
+        residual = slot.memory.residual(slot.name, accumulated.device)
+        picked = self._pick(values, residual, accumulated, k, leads=slot.rank == leader)
+        finite = picked is not None
+        picks = torch.arange(k) if picked is None else picked
+        positions: Tensor = yield Broadcast(picks.to(accumulated.device, _index_type(numel)), leader)
+        positions = positions.to(torch.int64)
+        sound = are_positions(positions, k, numel)
+        if not sound:
+            positions = torch.arange(k, device=accumulated.device)
+        # How many ranks have what is not finite, which need not be at these positions, and, past the number of ranks,
+        # how many got no positions: so all ranks learn of both.
+        flag = accumulated.new_tensor([(not finite) + (not sound) * (slot.size + 1.0)])
+        summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]), last=True)
+        summed, flags = summed[:-1], float(summed[-1])
+        if flags > slot.size:
+            found = "others on this rank" if not sound else "others on another rank"
+            raise WireError(leader, slot.name, f"{k} ascending positions below {numel}", found)
+        if flags or (largest := max_abs(summed)) == math.inf:
             return None
-        slot.memory.propose(slot.name, self._filtered(slot, accumulated))
-        return total
+        accumulated[positions] = 0
+        slot.memory.propose(slot.name, self._filtered(residual, accumulated))
+        total = torch.empty_like(accumulated) if slot.out is None else slot.out
+        slot.divided, slot.bound = True, largest
+        return total.zero_().index_copy_(0, positions, summed / slot.divisor)
 
     def rate_of(self, slot: Slot) -> float:
         """The density of this step."""
@@ -99,18 +98,41 @@ class ScaleComCompressor(Compressor):
         """How many entries are sent: the same on every rank."""
         return -(-numel // self.chunk) if self.chunk is not None else entries_of(self.rate_of(slot), numel)
 
-    def pick(self, accumulated: Tensor, k: int) -> Tensor:
-        """Ascending positions, int64 [k], that the leader chooses in float32 [numel], finite."""
-        if self.chunk is None:
-            return kernels.largest_positions(accumulated, k)
-        magnitudes = torch.nn.functional.pad(accumulated.abs(), (0, k * self.chunk - accumulated.numel()), value=-1.0)
-        return magnitudes.view(k, self.chunk).argmax(1) + torch.arange(k, device=accumulated.device) * self.chunk
+    def _pick(
+        self, gradient: Tensor, residual: Tensor | None, accumulated: Tensor, k: int, *, leads: bool
+    ) -> Tensor | None:
+        """`accumulated` = residual + gradient; returns the positions to send, int64 [k], of a rank that leads.
 
-    def _filtered(self, slot: Slot, unsent: Tensor) -> Tensor:
+        Of others they are any. None where something is not finite.
+        """
+        kernel = kernels.of(gradient)
+        if not leads or self.chunk is not None:
+            finite = kernel.accumulate(gradient, residual, accumulated) < math.inf
+            if not leads or not finite:
+                return torch.arange(k) if finite else None
+            return kernel.chunk_largest(accumulated, self.chunk)
+        payload = torch.empty(kernels.sparse_bytes(gradient.numel(), k), dtype=torch.uint8)
+        if kernel.topk_encode(gradient, residual, accumulated, k, payload) == kernels.NOT_FINITE:
+            return None
+        values, positions = (part.to(accumulated.device) for part in kernels.unpack_sparse(payload, gradient.numel()))
+        accumulated[positions] = values
+        return positions
+
+    def _filtered(self, residual: Tensor | None, unsent: Tensor) -> Tensor:
+        """The new residual, in the memory of `unsent`."""
         if self.beta == 1:
             return unsent
-        residual = slot.memory.residuals.get(slot.name)
-        return self.beta * unsent if residual is None else torch.lerp(residual.to(unsent.device), unsent, self.beta)
+        return unsent.mul_(self.beta) if residual is None else torch.lerp(residual, unsent, self.beta, out=unsent)
+
+
+def _as_it_is(compressor: ScaleComCompressor, slot: Slot, gradient: Tensor) -> Exchange:
+    accumulated = slot.memory.compensate(slot.name, flat32(gradient))
+    total: Tensor = yield Allreduce(accumulated, last=True)
+    if max_abs(total) == math.inf:
+        return None
+    residual = slot.memory.residual(slot.name, accumulated.device)
+    slot.memory.propose(slot.name, compressor._filtered(residual, torch.zeros_like(accumulated)))
+    return total
 
 
 def are_positions(positions: Tensor, k: int, numel: int) -> bool:

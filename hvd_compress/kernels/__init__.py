@@ -1,6 +1,6 @@
 """The hot loops: pure functions on flat tensors, in C++ where `of` finds it, as torch operations on any device."""
 
-from .choice import find_frames, in_use, largest_positions, of, on_host, prune_dense, use
+from .choice import find_frames, in_use, largest_positions, of, on_host, orthonormalise, prune_dense, use
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import MOST_RANKS, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
@@ -28,6 +28,7 @@ __all__ = [
     "largest_positions",
     "of",
     "on_host",
+    "orthonormalise",
     "pack_sparse",
     "pack_ternary",
     "prune_dense",

@@ -79,6 +79,13 @@ def find_frames(
     return native.find_frames(starts, np.fromiter(map(Tensor.numel, buffers), np.int64, len(buffers)), expected, count)
 
 
+def orthonormalise(matrix: Tensor) -> Tensor:
+    """As kernels.lowrank.orthonormalise, of finite float32 [n, r]."""
+    matrix = matrix.contiguous()
+    result: Tensor = of(matrix).orthonormalise(matrix)
+    return result
+
+
 def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, float, int]:
     """As kernels.prune.prune_dense, in one pass where a kernel can."""
     if 0 < threshold < torch.finfo(torch.float32).max and gradient.dtype == torch.float32 and gradient.numel():

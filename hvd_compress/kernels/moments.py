@@ -46,7 +46,8 @@ def largest_magnitude(values: Tensor) -> float:
     """Largest |value|; infinity when any is not finite, 0 for an empty tensor."""
     if values.numel() == 0:
         return 0.0
-    largest = float(values.abs().max())
+    least, most = map(float, values.aminmax())  # no copy; NaN where any is
+    largest = max(-least, most)
     return largest if largest == largest else math.inf
 
 

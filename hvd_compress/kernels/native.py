@@ -71,6 +71,18 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_bfloat_sum": (c_int32, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_counts_encode": (None, [c_void_p, c_size_t, c_int, c_int, c_void_p]),
     "hc_counts_decode": (c_int32, [c_void_p, c_size_t, c_int, c_int, c_float, c_float, c_void_p]),
+    "hc_project": (
+        c_int32,
+        [c_void_p, c_int, c_size_t, c_size_t, c_void_p, c_void_p, c_void_p, c_size_t, c_void_p],
+    ),
+    "hc_backproject": (None, [c_void_p, c_size_t, c_size_t, c_void_p, c_size_t, c_void_p]),
+    "hc_rebuild": (
+        c_int32,
+        [c_void_p, c_size_t, c_size_t, c_void_p, c_void_p, c_void_p, c_size_t, c_float, c_void_p],
+    ),
+    "hc_orthonormalise": (c_int, [c_void_p, c_size_t, c_size_t, c_void_p]),
+    "hc_momentum": (None, [c_void_p, c_int, c_size_t, c_void_p, c_float, c_int, c_void_p]),
+    "hc_chunk_largest": (None, [c_void_p, c_size_t, c_size_t, c_void_p]),
     "hc_solve": (c_int, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p]),
 }
 
@@ -300,6 +312,56 @@ def prune_dense(gradient: Tensor, threshold: float, key: int) -> tuple[Tensor, f
     start, numel = gradient.data_ptr(), gradient.numel()
     below = _library.hc_prune_dense(start, numel, threshold, key, pruned.data_ptr(), ctypes.byref(total))
     return pruned, total.value, int(below)
+
+
+def project(gradient: Tensor, residual: Tensor | None, kept: Tensor, lines: Tensor, left: Tensor) -> float:
+    assert _library is not None
+    into = _start(residual), kept.data_ptr(), lines.data_ptr(), len(lines), left.data_ptr()
+    shape = gradient.data_ptr(), _TYPES[gradient.dtype], *_shape(kept, left, lines)
+    return _magnitude(_checked(_library.hc_project(*shape, *into)))
+
+
+def backproject(kept: Tensor, left: Tensor, lines: Tensor) -> None:
+    assert _library is not None
+    into = left.data_ptr(), len(lines), lines.data_ptr()
+    _library.hc_backproject(kept.data_ptr(), *_shape(kept, left, lines), *into)
+
+
+def rebuild(kept: Tensor, left: Tensor, mine: Tensor, lines: Tensor, divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    assert mine.shape == lines.shape
+    factors = left.data_ptr(), mine.data_ptr(), lines.data_ptr(), len(lines)
+    shape = kept.data_ptr(), *_shape(kept, left, lines)
+    return _magnitude(_library.hc_rebuild(*shape, *factors, divisor, out.data_ptr()))
+
+
+def _shape(kept: Tensor, left: Tensor, lines: Tensor) -> tuple[int, int]:
+    """Of the matrix `kept`, [rows * columns], where `left` is [rows, rank] and `lines` [rank, columns]."""
+    (rows, rank), (of_lines, columns) = left.shape, lines.shape
+    assert kept.numel() == rows * columns
+    assert rank == of_lines
+    assert left.is_contiguous()
+    assert lines.is_contiguous()
+    return rows, columns
+
+
+def orthonormalise(matrix: Tensor) -> Tensor:
+    assert _library is not None
+    basis = torch.empty_like(matrix)
+    _checked(_library.hc_orthonormalise(matrix.data_ptr(), *matrix.shape, basis.data_ptr()))
+    return basis
+
+
+def momentum(gradient: Tensor, velocity: Tensor | None, factor: float, nesterov: bool, out: Tensor) -> None:
+    assert _library is not None
+    _library.hc_momentum(*_array(gradient), _start(velocity), factor, nesterov, out.data_ptr())
+
+
+def chunk_largest(values: Tensor, chunk: int) -> Tensor:
+    assert _library is not None
+    positions = torch.empty(-(-values.numel() // chunk), dtype=torch.int64)
+    _library.hc_chunk_largest(values.data_ptr(), values.numel(), chunk, positions.data_ptr())
+    return positions
 
 
 def solve_units(units: np.ndarray, costs: np.ndarray, levels: int) -> np.ndarray | None:

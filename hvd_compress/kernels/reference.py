@@ -21,6 +21,7 @@ from .adacomp import adacomp_choice
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import count_bits, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
+from .lowrank import orthonormalise, product
 from .prune import decode_pruned, encode_pruned, prune_dense
 from .quantise import (
     bucket_norms,
@@ -34,13 +35,15 @@ from .quantise import (
 from .random import random_bits
 from .sparse import pack_sparse, sparse_bytes, unpack_sparse
 from .ternary import pack_ternary, ternarize, ternary_bytes, unpack_ternary
-from .topk import topk_indices
+from .topk import chunk_largest, topk_indices
 
 __all__ = [
     "accumulate",
     "adacomp_encode",
+    "backproject",
     "bfloat_encode",
     "bfloat_sum",
+    "chunk_largest",
     "counts_decode",
     "counts_encode",
     "crc32",
@@ -48,11 +51,15 @@ __all__ = [
     "largest",
     "magnitudes",
     "moments",
+    "momentum",
+    "orthonormalise",
+    "project",
     "prune_dense",
     "prune_encode",
     "prune_sum",
     "quantise_encode",
     "quantise_sum",
+    "rebuild",
     "sparse_positions",
     "sparse_sum",
     "ternary_encode",
@@ -149,6 +156,40 @@ def accumulate(gradient: Tensor, residual: Tensor | None, kept: Tensor) -> float
     if residual is not None:
         kept += residual
     return largest(kept)
+
+
+def momentum(gradient: Tensor, velocity: Tensor | None, factor: float, nesterov: bool, out: Tensor) -> None:
+    """`out` = factor * velocity + gradient; by Nesterov, factor * (velocity + gradient). None stands for zeros."""
+    before = torch.zeros_like(out) if velocity is None else velocity
+    if nesterov:
+        torch.add(before, gradient, out=out).mul_(factor)
+    else:
+        torch.mul(before, factor, out=out).add_(gradient)
+
+
+def project(gradient: Tensor, residual: Tensor | None, kept: Tensor, lines: Tensor, left: Tensor) -> float:
+    """As `accumulate`; and `left`, [rows, rank], becomes `kept` as [rows, columns] @ lines.t(), of [rank, columns]."""
+    top = accumulate(gradient, residual, kept)
+    torch.mm(kept.view(len(left), -1), lines.t(), out=left)
+    return top
+
+
+def backproject(kept: Tensor, left: Tensor, lines: Tensor) -> None:
+    """`lines` = left.t() @ kept, in the shapes of `project`."""
+    torch.mm(left.t(), kept.view(len(left), -1), out=lines)
+
+
+def rebuild(kept: Tensor, left: Tensor, mine: Tensor, lines: Tensor, divisor: float, out: Tensor) -> float:
+    """`out` = left @ lines / divisor, with the same bits on every rank, and `kept` -= left @ mine, in place.
+
+    Returns the largest |out|. `out` and `kept`: float32 [rows * columns], apart; `left` [rows, rank]; `mine` and
+    `lines` [rank, columns].
+    """
+    kept.view(len(left), -1).addmm_(left, mine, alpha=-1)
+    product(left, lines, out.view(len(left), -1))
+    if divisor != 1:
+        out /= divisor
+    return largest(out)
 
 
 def topk_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, k: int, payload: Tensor) -> int:

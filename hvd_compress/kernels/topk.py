@@ -20,3 +20,10 @@ def topk_indices(values: Tensor, k: int) -> Tensor:
     ties = torch.nonzero(magnitudes == threshold).view(-1)
     chosen[ties[: k - int(chosen.sum())]] = True
     return torch.nonzero(chosen).view(-1)
+
+
+def chunk_largest(values: Tensor, chunk: int) -> Tensor:
+    """Position of the largest |value| of each `chunk` elements, of equals the first: int64; `values` finite [numel]."""
+    chunks = -(-values.numel() // chunk)
+    magnitudes = torch.nn.functional.pad(values.abs(), (0, chunks * chunk - values.numel()), value=-1.0)
+    return magnitudes.view(chunks, chunk).argmax(1) + torch.arange(chunks, device=values.device) * chunk

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hvd_compress.compressors.base import Slot
-from hvd_compress.compressors.powersgd import PowerSGDCompressor, orthonormalise, product, starting_factor
+from hvd_compress.compressors.powersgd import PowerSGDCompressor, starting_factor
+from hvd_compress.kernels import orthonormalise
+from hvd_compress.kernels.lowrank import product
 from hvd_compress.local import LocalRanks
 from hvd_compress.schedules import Steps
 
@@ -260,7 +262,12 @@ def test_the_product_is_that_of_a_plain_loop_whatever_the_threads(shape, rank):
     expected = left[:, :1] * right[:, 0]
     for number in range(1, rank):
         expected = expected + left[:, number : number + 1] * right[:, number]
-    assert {bits(found) for found in with_threads(lambda: product(left, right))} == {bits(expected)}
+
+    def found():
+        product(left, right.t(), out := torch.empty(shape))
+        return out
+
+    assert {bits(result) for result in with_threads(found)} == {bits(expected)}
     assert torch.allclose(expected, left @ right.t(), rtol=1e-5, atol=1e-5)
 
 

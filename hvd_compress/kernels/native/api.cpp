@@ -190,6 +190,36 @@ HC_API int32_t hc_counts_decode(
     return level->counts_decode(codes, numel, bits, most, scaler, divisor, out);
 }
 
+HC_API int32_t hc_project(
+    const void* x, int type, size_t rows, size_t columns, const float* residual, float* kept, const float* lines,
+    size_t rank, float* left) {
+    return level->project(x, type, residual, kept, rows, columns, lines, rank, left);
+}
+
+HC_API void hc_backproject(
+    const float* matrix, size_t rows, size_t columns, const float* left, size_t rank, float* lines) {
+    level->backproject(matrix, rows, columns, left, rank, lines);
+}
+
+HC_API int32_t hc_rebuild(
+    float* matrix, size_t rows, size_t columns, const float* left, const float* mine, const float* lines, size_t rank,
+    float divisor, float* out) {
+    return level->rebuild(matrix, rows, columns, left, mine, lines, rank, divisor, out);
+}
+
+HC_API int hc_orthonormalise(const float* matrix, size_t rows, size_t rank, float* out) {
+    return level->orthonormalise(matrix, rows, rank, out);
+}
+
+HC_API void hc_momentum(
+    const void* x, int type, size_t numel, const float* velocity, float factor, int nesterov, float* next) {
+    level->momentum(x, type, velocity, numel, factor, nesterov, next);
+}
+
+HC_API void hc_chunk_largest(const float* x, size_t numel, size_t chunk, int64_t* positions) {
+    level->chunk_largest(x, numel, chunk, positions);
+}
+
 HC_API int hc_solve(
     const int32_t* units, const double* costs, int32_t layers, int32_t candidates, int32_t levels, double* table,
     int32_t* choice) {

@@ -3,7 +3,11 @@
 
 #include "adacomp.hpp"
 #include "cast.hpp"
+#include "chunks.hpp"
 #include "counts.hpp"
+#include "gram_schmidt.hpp"
+#include "lowrank.hpp"
+#include "momentum.hpp"
 #include "prune.hpp"
 #include "prune_sum.hpp"
 #include "quantise_sum.hpp"
@@ -186,13 +190,38 @@ int32_t counts_decode_(
     });
 }
 
+int32_t project_(
+    const void* x, int type, const float* residual, float* kept, size_t rows, size_t columns, const float* lines,
+    size_t rank, float* left) {
+    void* const room = scratch(project_scratch_bytes(columns, rank));
+    return !room ? NO_MEMORY : with_type(x, type, [&](auto* p) {
+        return project(p, residual, kept, rows, columns, lines, rank, left, room);
+    });
+}
+
+int orthonormalise_(const float* matrix, size_t rows, size_t rank, float* out) {
+    void* const room = scratch(orthonormalise_scratch_bytes(rows, rank));
+    if (room) {
+        orthonormalise(matrix, rows, rank, out, room);
+    }
+    return room ? 0 : NO_MEMORY;
+}
+
+void momentum_(const void* x, int type, const float* velocity, size_t numel, float factor, int nesterov, float* next) {
+    with_type(x, type, [&](auto* p) {
+        nesterov ? momentum_as<true>(p, velocity, numel, factor, next)
+                 : momentum_as<false>(p, velocity, numel, factor, next);
+    });
+}
+
 }  // namespace
 
 extern const Level LEVEL;
 const Level LEVEL = {
     moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum_, quantise_encode_, quantise_sum_,
     accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions, adacomp_encode_, gaps_sum_,
-    prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_, solve,
+    prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_,
+    project_,     backproject,      rebuild,      orthonormalise_, momentum_,   chunk_largest,  solve,
 };
 
 }  // namespace HC_LEVEL

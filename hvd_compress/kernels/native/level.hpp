@@ -47,6 +47,18 @@ struct Level {
     void (*counts_encode)(const float* x, size_t numel, int bits, int most, uint8_t* codes);
     int32_t (*counts_decode)(
         const uint8_t* codes, size_t numel, int bits, int most, float scaler, float divisor, float* out);
+    int32_t (*project)(
+        const void* x, int type, const float* residual, float* kept, size_t rows, size_t columns, const float* lines,
+        size_t rank, float* left);
+    void (*backproject)(
+        const float* matrix, size_t rows, size_t columns, const float* left, size_t rank, float* lines);
+    int32_t (*rebuild)(
+        float* matrix, size_t rows, size_t columns, const float* left, const float* mine, const float* lines,
+        size_t rank, float divisor, float* out);
+    int (*orthonormalise)(const float* matrix, size_t rows, size_t rank, float* out);
+    void (*momentum)(
+        const void* x, int type, const float* velocity, size_t numel, float factor, int nesterov, float* next);
+    void (*chunk_largest)(const float* x, size_t numel, size_t chunk, int64_t* positions);
     int (*solve)(
         const int32_t* units, const double* costs, int32_t layers, int32_t candidates, int32_t levels, double* table,
         int32_t* choice);
