@@ -113,6 +113,7 @@ class GradientCompression(Session):
         if self.bound:
             raise TypeError(f"{self!r} is bound to its parameters already")
         common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
+        self.delist()  # what is compared is what is used
         return GradientCompression(self.compressor, named_parameters, **(common | options))
 
     def __reduce__(self) -> tuple[Any, ...]:
