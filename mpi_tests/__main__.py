@@ -22,8 +22,8 @@ from .summary import summarize, summarize_runs
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py", "torch")
 _PARTS = ("unit", "ranks", "jobs")
 _LANES = 2  # of parts that run beside each other
-# The other half of the tests that start jobs have time limits, and take about as long.
-_JOBS_WITHOUT_LIMITS = ("test_benchmarks", "test_documents", "test_elastic", "test_runner", "test_wheel")
+# Of the tests that start jobs; the other half take about as long, and most have time limits.
+_JOBS_WITHOUT_LIMITS = ("test_benchmarks", "test_ddp", "test_documents", "test_elastic", "test_runner", "test_wheel")
 
 
 def _pytest(paths: Sequence[str], arguments: list[str]) -> list[str]:
