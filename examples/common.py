@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -20,10 +22,12 @@ _OTHERS = ("masked", "lgreco", "accordion", "dgc")
 METHODS = [name for name in vars(Compression) if not name.startswith("_") and name not in _OTHERS]
 
 
-def parse_options(description: str, *, methods: str, epochs: int) -> argparse.Namespace:
+def parse_options(description: str, *, methods: str, epochs: float) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--methods", type=_methods, default=methods, help=f"some of {','.join(METHODS)}")
-    parser.add_argument("--epochs", type=_positive, default=epochs, help="passes over the training data")
+    parser.add_argument(
+        "--epochs", type=_positive, default=epochs, help="passes over the training data, or a part of one"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     return parser.parse_args()
@@ -36,10 +40,10 @@ def _methods(text: str) -> list[str]:
     return methods
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1: {text}")
-    return int(text)
+def _positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0: {text}")
+    return float(text)
 
 
 class Shard:
@@ -49,14 +53,17 @@ class Shard:
         self._sampler = DistributedSampler(dataset, size, rank, seed=seed)
         self._loader = DataLoader(dataset, batch_size, sampler=self._sampler, drop_last=True)
 
-    def batches(self, epochs: int) -> Iterator[Any]:
+    def batches(self, epochs: float) -> Iterator[Any]:
         """Shuffled anew for each epoch."""
-        for epoch in range(epochs):
+        return itertools.islice(self._endless(), self.steps(epochs))
+
+    def _endless(self) -> Iterator[Any]:
+        for epoch in itertools.count():
             self._sampler.set_epoch(epoch)
             yield from self._loader
 
-    def steps(self, epochs: int) -> int:
-        return epochs * len(self._loader)
+    def steps(self, epochs: float) -> int:
+        return math.ceil(epochs * len(self._loader))
 
 
 def fingerprint(model: nn.Module) -> str:

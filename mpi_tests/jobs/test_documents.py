@@ -32,7 +32,7 @@ def fenced(*languages):
 @pytest.mark.parametrize(("launcher", "ranks", "example", "methods"), EXAMPLES)
 def test_example_runs_and_compares_its_methods(launcher, ranks, example, methods, tmp_path):
     table = tmp_path / "table.json"
-    options = ("--methods", methods, "--epochs", "1", "--json", str(table))
+    options = ("--methods", methods, "--epochs", "0.2", "--json", str(table))
     ended = run_program(launcher, ranks, ROOT / "examples" / example, *options, timeout_seconds=90)
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []

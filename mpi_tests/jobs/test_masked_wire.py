@@ -10,7 +10,7 @@ import pytest
 from .launch import SCRIPTS, command_of, patience, start
 
 SPARSITY = 0.9
-DENSE_BYTES = 20 * 4 * 500 * 500 * 4  # of 20 steps of four float32 matrices
+DENSE_BYTES = 5 * 4 * 1000 * 1000 * 4  # of 5 steps of four float32 matrices
 
 
 def namespace_with_loopback() -> list[str]:

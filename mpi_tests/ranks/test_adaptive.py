@@ -80,11 +80,11 @@ class Training:
 
 
 def delays(job: Job, steps: int) -> list[float]:
-    """Of this rank: up to 2 s in the step before a decision, in that of the decision, or in the next."""
+    """Of this rank: up to 0.3 s in the step before a decision, in that of the decision, or in the next."""
     draw = random.Random(job.rank)
     waits = [0.0] * steps
-    waits[INTERVAL - 1 + job.rank % 3] = draw.uniform(0.5, 2.0)
-    waits[2 * INTERVAL + (job.rank + 1) % 2] = draw.uniform(0.2, 1.0)
+    waits[INTERVAL - 1 + job.rank % 3] = draw.uniform(0.1, 0.3)
+    waits[2 * INTERVAL + (job.rank + 1) % 2] = draw.uniform(0.05, 0.2)
     return waits
 
 

@@ -8,7 +8,7 @@ import torch
 from hvd_compress import Compression
 from hvd_compress.training import ACDC, Schedule
 
-WARM, STEPS = 3, 20
+WARM, STEPS = 2, 5
 
 
 def carried_bytes() -> int:
@@ -22,7 +22,7 @@ def barrier() -> None:
 
 
 torch.manual_seed(0)
-model = torch.nn.Sequential(*(torch.nn.Linear(500, 500, bias=False) for _ in range(4)))
+model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000, bias=False) for _ in range(4)))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
 acdc = ACDC(model, optimizer, schedule=Schedule((1, 1)), sparsity=0.9)
 compression = Compression.masked(acdc)
