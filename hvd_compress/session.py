@@ -217,9 +217,14 @@ class Session:
 
     def _end_step(self) -> None:
         """A step begins: settle the one before, or discard it where the optimizer, which would tell, has made none."""
-        if self._sees_steps and not self._applied:
+        if self._awaits_step:
             self.discard()
         self.settle()
+
+    @property
+    def _awaits_step(self) -> bool:
+        """Whether gradients are finished, and the optimizer, which tells of its steps, has made none by them yet."""
+        return self._finished and self._sees_steps and not self._applied
 
     def _disagreement(self, what: str, ranks_by_state: Mapping[str, list[int]]) -> Exception:
         special = self.compressor.disagreement(what, ranks_by_state, self.size)
@@ -383,8 +388,9 @@ class Session:
 
     @property
     def progress(self) -> Progress:
-        """What is the same on all ranks of what outlives a step."""
-        self.settle()
+        """What is the same on all ranks of what outlives a step: of the last one that was made."""
+        if not self._awaits_step:
+            self.settle()
         plan = () if self.controller is None else (self.controller.state_dict(),)
         return (self._step, self._loss_scale, *plan)
 
@@ -455,6 +461,9 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals, and the step: for a file of each rank. Not collective; `gather_state_dict` is.
+
+        Between synchronizing gradients and the optimizer's step by them it is the state before that step, as the
+        parameters are.
 
         `load_state_dict` takes it on the same rank of as many; on any rank of any number, all ranks' together.
         """

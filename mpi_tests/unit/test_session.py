@@ -347,16 +347,19 @@ def test_gathered_states_hold_every_rank():
     assert state["step"] == 1
 
 
-def test_a_state_taken_between_synchronizing_and_the_step_has_what_was_synchronized():
+def test_a_state_taken_between_synchronizing_and_the_step_is_that_before_the_step():
     (compression,) = (ranks := world(1)).compressions
     for step in range(2):
         ranks.exchange(gradients(step, 1))
         compression.step_made()
+    assert compression.state_dict()["step"] == 2
     before = residuals(compression)
     ranks.exchange(gradients(2, 1))
+    assert compression.state_dict()["step"] == 2
+    assert residuals(compression) == before
+    compression.step_made()
     assert compression.state_dict()["step"] == 3
     assert residuals(compression) != before
-    compression.step_made()
     before = residuals(compression)
     ranks.exchange(gradients(3, 1))  # by which no step is made
     ranks.exchange(gradients(4, 1))
