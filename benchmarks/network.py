@@ -81,7 +81,8 @@ def parse() -> argparse.Namespace:
     several(
         "methods",
         ",".join(_DEFAULT_METHODS),
-        f"{', '.join(network_methods.PEERS)}; and NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time",
+        f"{', '.join(network_methods.PEERS)}; NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time, under "
+        "Horovod; hook-NAME... for the same by the hook of DistributedDataParallel",
     )
     parser.add_argument(
         "--seconds",

@@ -73,12 +73,15 @@ class Trained:
         torch.manual_seed(0)
         self.method = method
         self.plain = make()
-        momentum = 0.0 if method.startswith("dgc") else 0.9  # which it has itself
+        family, _, variant = method.partition("-")
+        momentum = 0.0 if (variant if family == "hook" else method).startswith("dgc") else 0.9  # which it has itself
         self.model, self.optimizer = self.plain, torch.optim.SGD(self.plain.parameters(), lr=1e-3, momentum=momentum)
         self.compression: GradientCompression | None = None
-        family, _, variant = method.partition("-")
         if family == "ddp":
             self.model = _distributed(self.plain, variant)
+        elif family == "hook":
+            self.compression = ours(variant)(self.plain.named_parameters())
+            self.model = _hooked(self.plain, self.compression)
         elif method != "bound":
             # Horovod remembers tensors by name: those of several optimizers in one process must not share any.
             named = [(f"{method}.{name}", parameter) for name, parameter in self.plain.named_parameters()]
@@ -127,6 +130,14 @@ WARM_UP_STEPS = (
 )
 
 
+def _hooked(model: nn.Module, compression: GradientCompression) -> nn.Module:
+    from hvd_compress import ddp
+
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped.register_comm_hook(compression, ddp.hook)
+    return wrapped
+
+
 def _distributed(model: nn.Module, variant: str) -> nn.Module:
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
@@ -149,4 +160,4 @@ def check(methods: list[str]) -> None:
     """Raise ValueError unless all are methods."""
     for method in methods:
         if method not in PEERS:
-            ours(method)
+            ours(method.removeprefix("hook-"))

@@ -30,7 +30,7 @@ class Rank:
         self.steps = 0
         self._counter = Path("/sys/class/net", options.interface, "statistics/tx_bytes")
         self._sharers = options.sharers
-        if any(method.startswith("ddp") for method in options.methods):
+        if any(method.startswith(("ddp", "hook")) for method in options.methods):
             _join(options)
         self.trained = [Trained(method, make) for method in options.methods]
         self.numel = sum(parameter.numel() for parameter in self.trained[0].plain.parameters())
