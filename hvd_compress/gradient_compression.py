@@ -25,7 +25,7 @@ from .log import SINGLE_RANK, log, warn_once
 from .paced_engine import PacedEngine
 from .schedules import describe
 from .session import CLOSING, NONE, Progress, Session, spanned
-from .step_check import GradientChangedError, Taken, called_by_grad_scaler, problem_of
+from .step_check import GradientChangedError, Taken, called_by_grad_scaler, came_too_often, problem_of
 from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
@@ -101,6 +101,7 @@ class GradientCompression(Session):
         self._carriers: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # to copy
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = _nobody  # Horovod's, a weak reference
         self._taken = Taken()
+        self._watches_accumulation = False
         self._paced_from = 0  # the step
         _say_if_single_rank(compressor)
 
@@ -308,6 +309,9 @@ class GradientCompression(Session):
             _watch_steps()
         if not self.bound:
             self._bind(parameters_of_optimizer(optimizer or self._refuse_unbound()))
+        if not self._watches_accumulation:
+            self._watches_accumulation = True
+            self._watch_accumulation()
         transport = HorovodTransport(self.process_set)
         if transport.size > 1 and self._id not in self._roll.numbers:
             self._roll.unchecked.setdefault(self._id, self.description())  # where this is a copy
@@ -323,6 +327,21 @@ class GradientCompression(Session):
         self.attach(transport, engine, compressed_only=True)
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
+
+    def _watch_accumulation(self) -> None:
+        """See a gradient that is added to when it is under way before Horovod does, whose error names but one of two
+        causes."""
+        mine = weakref.ref(self)
+
+        def came(index: int, _: Tensor) -> None:
+            compression = mine()
+            if compression is not None and index in compression._taken.gradients:
+                passes = getattr(compression._optimizer(), "backward_passes_per_step", 1)
+                raise came_too_often(compression.names[index], passes)
+
+        for index, parameter in enumerate(self.parameters):
+            if parameter.requires_grad and parameter.is_leaf:
+                parameter.register_post_accumulate_grad_hook(functools.partial(came, index))
 
 
 def _nobody() -> None:

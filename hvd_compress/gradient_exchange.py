@@ -15,6 +15,7 @@ from .engine import Ticket
 from .facts import Agreement, Fact, Facts, General
 from .gradient_compression import GradientCompression
 from .log import log
+from .step_check import MORE_PASSES, came_too_often
 
 
 @dataclass
@@ -75,7 +76,7 @@ class GradientExchange:
         grown = last is not None and (gradient is last.gradient or gradient.grad_fn is not None)
         if index in self._running:
             if grown:
-                raise self._too_often(index)
+                raise came_too_often(self.compression.slots[index].name, self._backward_passes)
             self._throw()  # model.zero_grad() came in between
         fired = last.fired + 1 if last is not None and grown else 1
         eager = index in self._dense and index not in self._often and not self._thrown
@@ -172,7 +173,7 @@ class GradientExchange:
                 "exchanged after backward, not during it. %s",
                 names,
                 self._backward_passes,
-                _REMEDY,
+                MORE_PASSES,
             )
         self._often |= often
         self._dense.update(agreed.where(Fact.DENSE))
@@ -207,18 +208,6 @@ class GradientExchange:
 
     def _finished(self, running: _Running) -> Tensor:
         return self.compression.finish(running.ticket, _real(running.gradient), average=self.average)
-
-    def _too_often(self, index: int) -> Exception:
-        return RuntimeError(
-            f"parameter {self.compression.slots[index].name!r} got a gradient more than backward_passes_per_step="
-            f"{self._backward_passes} times before step() or synchronize(), when it was under way already. {_REMEDY}"
-        )
-
-
-_REMEDY = (
-    "Where several backward passes accumulate, give the optimizer backward_passes_per_step=; where checkpoint() runs a "
-    "layer twice, use_reentrant=False."
-)
 
 
 def _real(gradient: Tensor) -> Tensor:

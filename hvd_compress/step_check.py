@@ -21,6 +21,20 @@ _RECIPE = (
 )
 
 
+MORE_PASSES = (
+    "Where several backward passes accumulate, give the optimizer backward_passes_per_step=; where checkpoint() runs a "
+    "layer twice, use_reentrant=False."
+)
+
+
+def came_too_often(name: str, backward_passes: int) -> RuntimeError:
+    """For a gradient that is added to when it is under way already."""
+    return RuntimeError(
+        f"parameter {name!r} got a gradient more than backward_passes_per_step={backward_passes} times before step() "
+        f"or synchronize(), when it was under way already. {MORE_PASSES}"
+    )
+
+
 class GradientChangedError(RuntimeError):
     """Gradients were changed between backward(), which hands them over, and synchronize()."""
 

@@ -50,6 +50,21 @@ def test_clipping_before_gradients_are_synchronized_is_an_error_that_names_the_r
     nothing_outstanding(horovod)
 
 
+@pytest.mark.parametrize("kind", ["topk", "none"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_gradient_that_is_added_to_when_it_is_under_way_is_an_error_that_names_both_remedies(
+    horovod: Job, kind: str, passes: int
+) -> None:
+    of, _, optimizer = trained(horovod, kind, 0, backward_passes_per_step=passes)
+    for _ in range(passes):
+        backward(of, gradients(of, horovod.rank, 0))
+    with pytest.raises(RuntimeError, match=rf"backward_passes_per_step={passes} times.*use_reentrant=False"):
+        backward(of, gradients(of, horovod.rank, 1))
+    with pytest.raises(GradientChangedError):
+        optimizer.synchronize()
+    nothing_outstanding(horovod)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient_changed_on_one_rank_is_an_error_on_every_rank(horovod: Job, kind: str) -> None:
     of, _, optimizer = trained(horovod, kind, 1)
