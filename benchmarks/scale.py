@@ -2,7 +2,8 @@
 
 A row a method, topology and number of ranks. All ranks are in this process and there is no network, so only bytes and
 the work of one rank mean anything. Options come from the environment: RANKS=8,64,1024 PARAMETERS=1M METHODS=topk,qsgd
-TOPOLOGIES=gather,scatter STEPS=3 OUT=rows.json.
+TOPOLOGIES=gather,scatter,hierarchical:8 (ranks on a node; bytes received are those from other nodes) STEPS=3
+OUT=rows.json.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ Row = dict[str, Any]
 _METHODS = "terngrad,qsgd,bf16,topk,dgc"
 _TENSORS = 8
 _DIFFERENT = 8  # gradients; as many ranks as there are share each
-_HEADS = ("payload", "sent", "received", "of fp16", "python ms", "decode ms", "replicas equal")
+_HEADS = ("payload", "sent", "received", "into node", "of fp16", "python ms", "decode ms", "replicas equal")
 
 
 class Received:
-    """Counts what arrives at one rank from the others; sums count as of a ring, in two rounds of (size - 1) / size."""
+    """Counts what arrives at one rank from those that are not on its node; sums count as of a ring, in two rounds of
+    (size - 1) / size."""
 
-    def __init__(self, transport: Any) -> None:
+    def __init__(self, transport: Any, ranks_per_node: int) -> None:
         self.count = 0.0
         self.rank, self.size = transport.rank, transport.size
+        first = self.rank // ranks_per_node * ranks_per_node
+        self._node = range(first, first + ranks_per_node)
         for name in ("allreduce", "allgather", "broadcast", "alltoall"):
             setattr(transport, name, self._counted(getattr(transport, name)))
 
@@ -52,7 +56,7 @@ class Received:
 
     def add(self, answer: Tensor | Sequence[Tensor], arguments: Sequence[Any]) -> None:
         if not isinstance(answer, Tensor):
-            self.count += sum(buffer.numel() for rank, buffer in enumerate(answer) if rank != self.rank)
+            self.count += sum(buffer.numel() for rank, buffer in enumerate(answer) if rank not in self._node)
         elif isinstance(arguments[-1], ReduceOp):
             self.count += 2 * answer.numel() * answer.element_size() * (self.size - 1) / self.size
         elif arguments[-1] != self.rank:  # a broadcast, by this root
@@ -78,13 +82,14 @@ class _Counted(Pending):
 def measured(method: str, topology: str, ranks: int, parameters: int, steps: int) -> Row:
     side = math.isqrt(parameters // _TENSORS)
     named = [(f"weight{number}", torch.zeros(side, side)) for number in range(_TENSORS)]
-    make = ours(f"{method}:topology={topology!r}")
+    kind, _, per_node = topology.partition(":")
+    make = ours(f"{method}:topology={kind!r}" + (f":ranks_per_node={per_node}" if per_node else ""))
     compressions = [make(named) for _ in range(ranks)]
     readers = sorted({0, ranks // 2, ranks - 1})
     together = LocalRanks(compressions, readers=readers)
     first = compressions[0]
     assert first.attached is not None
-    received = Received(first.attached)
+    received = Received(first.attached, int(per_node or 1))
     generator = torch.Generator().manual_seed(0)
     known = [
         {name: torch.randn(side, side, generator=generator).pow_(3) for name, _ in named} for _ in range(_DIFFERENT)
@@ -111,6 +116,7 @@ def measured(method: str, topology: str, ranks: int, parameters: int, steps: int
         "payload_bytes": payload,
         "sent_bytes": sent,
         "received_bytes": round(received.count),
+        "into_node_bytes": round(received.count * int(per_node)) if per_node else None,
         "python_seconds": statistics.median(seconds["python"]),
         "decode_seconds": statistics.median(seconds["decode"]),
         "replicas_equal": equal,
@@ -124,6 +130,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     for row in rows:
         fp16 = 2 * 2 * row["parameters"] * (row["ranks"] - 1) / row["ranks"]
         cells = [f"{row[f'{kind}_bytes']:,}" for kind in ("payload", "sent", "received")]
+        cells.append("-" if row["into_node_bytes"] is None else f"{row['into_node_bytes']:,}")
         cells.append(f"{row['received_bytes'] / fp16:.4f}")
         cells += [f"{1e3 * row[f'{kind}_seconds']:.2f}" for kind in ("python", "decode")]
         table.add_row(row["method"], row["topology"], str(row["ranks"]), *cells, str(row["replicas_equal"]))
@@ -160,6 +167,14 @@ def parse() -> argparse.Namespace:
         options.ranks = [int(count) for count in options.ranks]
         for method in options.methods:
             ours(method)
+        for topology in options.topologies:
+            kind, _, per_node = topology.partition(":")
+            if kind == "hierarchical" and (
+                not per_node.isdigit() or any(n % int(per_node or 1) for n in options.ranks)
+            ):
+                raise ValueError(
+                    f"give a number of ranks on a node that divides all RANKS, as hierarchical:8: {topology}"
+                )
     except ValueError as error:
         parser.error(str(error))
     if options.steps < 1 or min(options.ranks) < 2 or options.parameters < _TENSORS * 1024:

@@ -30,7 +30,16 @@ from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
 
-_COMMON_OPTIONS = ("min_numel", "exclude", "seed", "process_set", "bucket_bytes", "overlap", "topology")
+_COMMON_OPTIONS = (
+    "min_numel",
+    "exclude",
+    "seed",
+    "process_set",
+    "bucket_bytes",
+    "overlap",
+    "topology",
+    "ranks_per_node",
+)
 _ALIKE = (
     "Freeze and unfreeze parameters on every rank between the same two steps; give every rank a gradient of the same "
     "layout, dense or sparse, for each parameter, and change gradients after optimizer.synchronize() alone."
@@ -62,7 +71,9 @@ class GradientCompression(Session):
     process_set: the horovod.torch.ProcessSet that the optimizer reduces over; None for all ranks.
     bucket_bytes: gradients are exchanged together in buckets of about this size.
     topology: "gather", everyone sends to everyone; "scatter", every rank adds up a part of each bucket, so that traffic
-        does not grow with the ranks; "auto", by the method and the number of ranks.
+        does not grow with the ranks; "hierarchical", gradients are added up uncompressed inside a node, and each of its
+        ranks exchanges a share with other nodes; "auto", one of the first two, by the method and the number of ranks.
+    ranks_per_node: for topology="hierarchical"; None to see which ranks are on the same host.
     overlap: under Horovod, whether exchanges of several rounds go on during backward, which waits for them then.
 
     Raises ValueError for options or parameters that cannot work.
@@ -80,12 +91,13 @@ class GradientCompression(Session):
         bucket_bytes: int = 8 << 20,
         overlap: bool = True,
         topology: str = AUTO,
+        ranks_per_node: int | None = None,
     ) -> None:
         if min_numel < 0:
             raise ValueError(f"min_numel must not be negative: {min_numel}")
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes must be at least 1: {bucket_bytes}")
-        super().__init__(compressor, bucket_bytes, topology)
+        super().__init__(compressor, bucket_bytes, topology, ranks_per_node)
         self.min_numel = min_numel
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.seed = seed

@@ -17,6 +17,7 @@ from .binding import Binding
 from .compressors import (
     AUTO,
     GATHER,
+    HIERARCHICAL,
     TOPOLOGIES,
     Codec,
     Compressor,
@@ -50,7 +51,7 @@ from .memory import (
 from .requests import Exchange, Member
 from .states import gather
 from .telemetry import Telemetry
-from .topologies import Gather, Part, Scatter, Span, regions, spans_of
+from .topologies import Gather, Hierarchical, Nodes, Part, Piece, Scatter, Span, regions, spans_of
 from .transports.base import Transport
 
 CONTROL, OPENING, CLOSING = range(3)  # indices after those of the parameters
@@ -85,11 +86,20 @@ class Session:
     tensors were finite on all ranks, and residuals change: all of them, or none.
     """
 
-    def __init__(self, compressor: Compressor, bucket_bytes: int, topology: str = AUTO) -> None:
+    def __init__(
+        self, compressor: Compressor, bucket_bytes: int, topology: str = AUTO, ranks_per_node: int | None = None
+    ) -> None:
         if problem := _cannot(compressor, topology):
             raise ValueError(problem)
+        if ranks_per_node is not None and (topology != HIERARCHICAL or ranks_per_node < 1):
+            raise ValueError(
+                f"ranks_per_node must be at least 1, and is for topology='hierarchical': {ranks_per_node}, {topology!r}"
+            )
         self.compressor = compressor
         self.topology = topology
+        self.ranks_per_node = ranks_per_node
+        self._nodes = Nodes(((0,),))
+        self._pieces: dict[tuple[int, int], Slot] = {}  # that this rank brings to other nodes
         self._spans: dict[int, Span] = {}  # where each gradient that is compressed lies in its bucket
         self.bucket_bytes = bucket_bytes
         self.memory = ErrorFeedback()
@@ -169,6 +179,10 @@ class Session:
         self._divisor = self._wanted_divisor = 1.0
         buckets = cut(sizes, self.bucket_bytes)
         self._spans = spans_of(buckets, self.slots)
+        if self.topology == HIERARCHICAL:
+            per_node = self.ranks_per_node
+            self._nodes = Nodes.of_so_many(transport.size, per_node) if per_node else Nodes.on(transport.hosts())
+            self._pieces.clear()
         self._fold()
         # What is not of a parameter goes under the indices after the parameters'.
         buckets += [[len(self.slots) + extra] for extra in (CONTROL, OPENING, CLOSING)]
@@ -251,14 +265,19 @@ class Session:
         """The exchange of one gradient by `compressor`: by itself, or with others of its bucket."""
         if not (isinstance(compressor, Codec) and compressor.grouped(slot)):
             return compressor.exchange(slot, gradient)
-        if isinstance(compressor, ScatterCodec) and self._scatters(compressor, slot):
-            return Member(Scatter(compressor), Part(slot, gradient, self._spans[slot.index]))
+        if isinstance(compressor, ScatterCodec) and self._cuts(slot):
+            part = Part(slot, gradient, self._spans[slot.index])
+            if self.topology == HIERARCHICAL:
+                return Member(Hierarchical(compressor, self._nodes, compressor.alignment, self._pieces), part)
+            if compressor.scatters(slot, self.topology):
+                return Member(Scatter(compressor), part)
         return Member(Gather(compressor), Part(slot, gradient))
 
+    def _cuts(self, slot: Slot) -> bool:
+        return slot.size > 1 and slot.index in self._spans
+
     def _scatters(self, compressor: Compressor, slot: Slot) -> bool:
-        if slot.size == 1 or slot.index not in self._spans or not isinstance(compressor, ScatterCodec):
-            return False
-        return compressor.scatters(slot, self.topology)
+        return self._cuts(slot) and isinstance(compressor, ScatterCodec) and compressor.scatters(slot, self.topology)
 
     def _fold(self) -> None:
         """Keep what is unsent of sums where this rank still owns them: bucket or ranks may be others than before."""
@@ -266,11 +285,17 @@ class Session:
 
     def _owned(self) -> set[tuple[str, int, int]]:
         """The pieces of gradients whose sums this rank owns: parameter, first element, elements."""
-        if not isinstance(self.compressor, ScatterCodec):
+        codec, hierarchical = self.compressor, self.topology == HIERARCHICAL
+        if not isinstance(codec, ScatterCodec):
             return set()
-        slots = [slot for slot in self.slots if self._scatters(self.compressor, slot)]
+        slots = [slot for slot in self.slots if (self._cuts(slot) if hierarchical else self._scatters(codec, slot))]
+        if not slots:
+            return set()
         spans = tuple(self._spans[slot.index] for slot in slots)
-        mine = regions(spans, self.compressor.alignment, slots[0].size)[slots[0].rank] if slots else ()
+        owners, place = slots[0].size, slots[0].rank
+        if hierarchical:
+            owners, place = self._nodes.ranks_per_node, self._nodes.place(place)[1]
+        mine: tuple[Piece, ...] = regions(spans, codec.alignment, owners)[place]
         return {(slots[piece.part].name, piece.start, piece.numel) for piece in mine}
 
     @spanned
@@ -425,6 +450,11 @@ class Session:
 
     def _held(self, slot: Slot) -> dict[str, int]:
         compressor = self.compressor
+        if self.topology == HIERARCHICAL and self._cuts(slot):
+            if len(self._nodes.members) == 1:
+                return {}
+            share = -(-slot.shape.numel() // self._nodes.ranks_per_node)
+            return compressor.held(dataclasses.replace(slot, shape=torch.Size([share])))
         if isinstance(compressor, ScatterCodec) and self._scatters(compressor, slot):
             return compressor.held_scattered(slot)
         return compressor.held(slot)
@@ -432,7 +462,8 @@ class Session:
     def say_if_more_than_dense(self) -> None:
         """With so many ranks a method may move more than no compression."""
         shapes = [slot.shape for slot in self.slots if slot.compressed]
-        warn_if_more_than_dense(self.compressor, shapes, self.rank, self.size, self.topology)
+        size = len(self._nodes.members) if self.topology == HIERARCHICAL else self.size
+        warn_if_more_than_dense(self.compressor, shapes, self.rank, size, self.topology)
 
     @property
     def _model_bytes(self) -> int:
@@ -560,6 +591,8 @@ def _cannot(compressor: Compressor, topology: str) -> str | None:
         return None
     if isinstance(compressor, ScatterCodec):
         why = compressor.whole()
+        if topology == HIERARCHICAL and compressor.replaces:
+            why = f"the {compressor.replaces} that it has itself is that of a rank, not of a node"
     elif isinstance(compressor, Codec):
         why = "what it sends of a gradient depends on the whole of it"
     else:

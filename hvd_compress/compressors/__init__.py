@@ -2,7 +2,18 @@
 
 from .adacomp import AdaCompCompressor
 from .alone import relative_error
-from .base import AUTO, GATHER, SCATTER, TOPOLOGIES, Codec, Compressor, ScatterCodec, Slot, SummedCompressor
+from .base import (
+    AUTO,
+    GATHER,
+    HIERARCHICAL,
+    SCATTER,
+    TOPOLOGIES,
+    Codec,
+    Compressor,
+    ScatterCodec,
+    Slot,
+    SummedCompressor,
+)
 from .bf16 import BF16Compressor
 from .dgc import DGCCompressor
 from .fp16 import FP16Compressor
@@ -20,6 +31,7 @@ from .traffic import traffic, warn_if_more_than_dense
 __all__ = [
     "AUTO",
     "GATHER",
+    "HIERARCHICAL",
     "SCATTER",
     "TOPOLOGIES",
     "AdaCompCompressor",

@@ -19,7 +19,7 @@ from ..requests import Allgather, Allreduce, Exchange, ReduceOp
 from ..schedules import value_at
 from .footprint import Sent
 
-AUTO, GATHER, SCATTER = TOPOLOGIES = ("auto", "gather", "scatter")
+AUTO, GATHER, SCATTER, HIERARCHICAL = TOPOLOGIES = ("auto", "gather", "scatter", "hierarchical")
 _FEW_RANKS = 4  # that gather: one round, and nothing is encoded twice
 
 

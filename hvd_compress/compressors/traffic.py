@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..log import warn_once
-from .base import AUTO, Compressor, ScatterCodec, Slot
+from .base import AUTO, HIERARCHICAL, Compressor, ScatterCodec, Slot
 from .footprint import Sent
 
 _FRAMING = 1.005  # a frame's header makes no difference
@@ -18,7 +18,8 @@ def traffic(
     compressor: Compressor, shapes: Sequence[torch.Size], size: int, topology: str = AUTO
 ) -> tuple[float, float]:
     """Bytes that each of `size` ranks receives in a step for float32 gradients of these shapes, all of them compressed:
-    by this compressor and topology, and without compression, added up by a ring.
+    by this compressor and topology, and without compression, added up by a ring. Of the hierarchical topology: `size`
+    nodes, and what comes into each.
 
     Exact but for what depends on the values of gradients; NaN where a compressor cannot tell.
     """
@@ -41,9 +42,10 @@ def warn_if_more_than_dense(
     """Say on rank 0, once, when a compressor moves more than no compression would with so many ranks."""
     received, dense = traffic(compressor, shapes, size, topology)
     if rank == 0 and received > _FRAMING * dense:
+        of = "nodes" if topology == HIERARCHICAL else "ranks"
         warn_once(
-            f"{compressor} moves more than no compression with {size} ranks: each of them receives "
-            f"{received / 1e6:,.1f} MB a step in place of {dense / 1e6:,.1f}, as every rank's frame goes to every "
+            f"{compressor} moves more than no compression with {size} {of}: each of them receives "
+            f"{received / 1e6:,.1f} MB a step in place of {dense / 1e6:,.1f}, as every one's frame goes to every "
             "other. Remedy: topology='scatter' where the method can, a method whose traffic does not grow with the "
             "ranks (Compression.fp16, powersgd or scalecom), fewer bits or a lower density, or no compression"
         )

@@ -2,7 +2,9 @@
 
 from .base import Part
 from .gather import Gather
+from .hierarchical import Hierarchical
+from .nodes import Nodes
 from .regions import Piece, Span, regions, spans_of
 from .scatter import Scatter
 
-__all__ = ["Gather", "Part", "Piece", "Scatter", "Span", "regions", "spans_of"]
+__all__ = ["Gather", "Hierarchical", "Nodes", "Part", "Piece", "Scatter", "Span", "regions", "spans_of"]

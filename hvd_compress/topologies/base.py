@@ -29,5 +29,12 @@ def agreed(codec: Codec, parts: Sequence[Part]) -> Generator[Request, Any, list[
     mine = [codec.common(part.slot, part.gradient) for part in parts]
     if mine[0] is None:
         return [None] * len(parts)
+    own = [value or 0.0 for value in mine]
+    largest = yield from largest_of_all(own)
+    return [Common(value, most) for value, most in zip(own, largest)]
+
+
+def largest_of_all(mine: Sequence[float]) -> Generator[Request, Any, list[float]]:
+    """The largest on any rank of each of these, as float32."""
     largest: Tensor = yield Allreduce(torch.tensor(mine, dtype=torch.float32), ReduceOp.MAX)
-    return [Common(own or 0.0, most) for own, most in zip(mine, largest.tolist())]
+    return largest.tolist()

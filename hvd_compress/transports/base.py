@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import itertools
 import json
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -126,6 +127,11 @@ class Transport(abc.ABC):
         """Answer: every rank's JSON-serializable `value`, in rank order."""
         pending = self.allgather(name, [_json_bytes(value)])
         return _Then(pending, lambda buffers: [json.loads(buffer.numpy().tobytes()) for buffer in buffers])
+
+    def hosts(self) -> list[str]:
+        """The host of every rank. Waits."""
+        hosts: list[str] = self.gather_objects("hvd_compress.hosts", socket.gethostname()).wait()
+        return hosts
 
     def broadcast_object(self, value: Any, root: int) -> Any:
         """The JSON-serializable `value` of rank `root`. Waits."""

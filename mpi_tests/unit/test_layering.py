@@ -93,7 +93,7 @@ def test_imports_point_down(module):
 def test_inside_the_packages_modules_build_on_the_base_alone():
     allowed = {
         "compressors": {f"hvd_compress.compressors.{name}" for name in ("base", "entries", "footprint")},
-        "topologies": {"hvd_compress.topologies.base", "hvd_compress.topologies.regions"},
+        "topologies": {f"hvd_compress.topologies.{name}" for name in ("base", "frames", "nodes", "regions")},
         "transports": {"hvd_compress.transports.base"},
         # choice leads to native and reference, and these to what they share and to the packings
         "kernels": {

@@ -337,7 +337,7 @@ def test_what_cannot_be_scattered_says_why(make, why):
 
 
 def test_an_unknown_topology_is_refused():
-    with pytest.raises(ValueError, match="auto, gather, scatter: 'ring'"):
+    with pytest.raises(ValueError, match="auto, gather, scatter, hierarchical: 'ring'"):
         Compression.topk([("w", torch.zeros(50, 50))], topology="ring")
 
 
