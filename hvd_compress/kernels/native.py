@@ -122,6 +122,11 @@ def select(level: str) -> str | None:
     return None if _library is None else LEVELS[_library.hc_select(LEVELS.index(level))]
 
 
+def built() -> bool:
+    """Whether there are kernels at all."""
+    return _library is not None
+
+
 def takes(gradient: Tensor) -> bool:
     """Whether the kernels can read this tensor where it lies."""
     return gradient.is_cpu and gradient.dtype in _READABLE and gradient.is_contiguous()

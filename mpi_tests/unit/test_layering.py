@@ -24,6 +24,8 @@ MODULES = {
 
 # From the top. A layer may use itself only where it is a package, whose modules build on their base.
 LAYERS = [
+    {"__main__"},
+    {"commands"},
     {"hvd_compress"},
     {"compression", "ddp", "mpi", "local", "elastic"},
     {"mpi_optimizer", "bucket_exchange"},
@@ -43,7 +45,7 @@ LAYERS = [
 ]
 # Who may reach for the other side of a layer.
 SIDEWAYS = {("mpi", "compression")}
-PACKAGES = {"adaptive", "training", "transports", "topologies", "compressors", "telemetry", "kernels"}
+PACKAGES = {"commands", "adaptive", "training", "transports", "topologies", "compressors", "telemetry", "kernels"}
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
@@ -92,6 +94,7 @@ def test_imports_point_down(module):
 
 def test_inside_the_packages_modules_build_on_the_base_alone():
     allowed = {
+        "commands": {f"hvd_compress.commands.{name}" for name in ("facts", "links", "problems")},
         "compressors": {f"hvd_compress.compressors.{name}" for name in ("base", "entries", "footprint")},
         "topologies": {f"hvd_compress.topologies.{name}" for name in ("base", "frames", "nodes", "regions")},
         "transports": {"hvd_compress.transports.base"},
@@ -120,8 +123,8 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
 @pytest.mark.parametrize(
     ("library", "modules", "lazily"),
     [
-        ("horovod", {"hvd_compress.transports.horovod"}, {"hvd_compress.elastic"}),
-        ("mpi4py", {"hvd_compress.mpi", "hvd_compress.transports.mpi"}, set()),
+        ("horovod", {"hvd_compress.transports.horovod"}, {"hvd_compress.elastic", "hvd_compress.commands.doctor"}),
+        ("mpi4py", {"hvd_compress.mpi", "hvd_compress.transports.mpi"}, {"hvd_compress.commands.doctor"}),
     ],
 )
 def test_only_their_own_modules_import_the_communication_libraries(library, modules, lazily):

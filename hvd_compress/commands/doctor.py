@@ -1,0 +1,172 @@
+"""hvd-compress doctor: what is installed here, whether it works, and how fast ranks reach each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..transports.base import Transport
+from .facts import Facts, facts_of_this_process
+from .links import Link, measure
+from .problems import named_ranks, problems_of
+
+_LIMIT_SECONDS = 120
+_SHOWN_LINKS = 10
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what is installed here, and whether it works",
+        description=f"{__doc__} Start it by mpirun, horovodrun or torchrun to measure the links, too. "
+        "The exit code is 0 if nothing needs a remedy, else 1.",
+    )
+    parser.add_argument("--json", action="store_true", help="all that was found, for programs")
+    parser.set_defaults(run=run)
+
+
+def launcher_of(environment: Mapping[str, str]) -> str | None:
+    """Who started this process as one of several ranks; None for nobody."""
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in environment:
+        return "horovodrun"
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return "torchrun"
+    if any(name in environment for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
+        return "mpirun"
+    return None
+
+
+def run(options: argparse.Namespace) -> int:
+    _end_if_it_hangs()
+    launcher = launcher_of(os.environ)
+    mine = facts_of_this_process(launcher)
+    everyone, links, rank = [mine], [], 0
+    try:
+        transport = _connected(launcher, mine)
+        if transport is not None:
+            rank = transport.rank
+            everyone = transport.gather_objects("hvd_compress.doctor.facts", mine).wait()
+            links = measure(transport) if transport.size > 1 else []
+        problems = problems_of(everyone)
+    except Exception as error:  # of any launcher's back end
+        text = " ".join(str(error).split())
+        problems = [*problems_of(everyone), f"ranks started by {launcher} cannot reach each other: {text}"]
+    if rank == 0:
+        found = {"ranks": everyone, "links": links, "problems": problems}
+        print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(everyone, links, problems)), flush=True)
+    return 1 if problems else 0
+
+
+def _connected(launcher: str | None, mine: Facts) -> Transport | None:
+    """By what the launcher is for; None where there is but this process. MPI, where it can: Horovod may be on it."""
+    if launcher == "torchrun":
+        import torch.distributed as dist
+
+        from ..transports.torch_distributed import TorchTransport
+
+        dist.init_process_group("gloo")
+        return TorchTransport()
+    if launcher == "mpirun" and mine["mpi"] and "error" not in mine["mpi"]:
+        from mpi4py import MPI
+
+        from ..transports.mpi import MPITransport
+
+        return MPITransport(MPI.COMM_WORLD)
+    if launcher is not None:
+        import horovod.torch as hvd
+
+        from ..transports.horovod import HorovodTransport
+
+        hvd.init()
+        return HorovodTransport()
+    return None
+
+
+def _end_if_it_hangs() -> None:
+    def end() -> None:
+        print(f"hvd-compress doctor: some rank has not answered for {_LIMIT_SECONDS} s", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(_LIMIT_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+
+
+def _lines(everyone: Sequence[Facts], links: Sequence[Link], problems: Sequence[str]) -> Iterator[str]:
+    first = everyone[0]
+    yield f"hvd_compress {first['hvd_compress']}, Python {first['python']}, {first['system']}"
+    yield f"torch {first['torch']}, numpy {first['numpy']}; {_listed(first['gpus']) or 'no GPUs'}"
+    yield f"kernels: {_of(first['kernels'], _kernels)}"
+    yield f"Horovod: {_of(first['horovod'], _horovod)}"
+    yield f"MPI: {_of(first['mpi'], _mpi)}"
+    yield f"torch.distributed: {_of(first['torch.distributed'], _back_ends)}"
+    yield f"exchange of {first['exchange'].get('parameters', 0):,} parameters here: {_of(first['exchange'], _exchange)}"
+    hosts: dict[str, list[int]] = {}
+    for rank, facts in enumerate(everyone):
+        hosts.setdefault(facts["host"], []).append(rank)
+    by = f", started by {first['launcher']}" if first["launcher"] else ", without a launcher"
+    yield f"{_counted(len(everyone), 'rank')}{by}"
+    for host, ranks in hosts.items():
+        of_host = everyone[ranks[0]]
+        cores, threads = _counted(of_host["cores"], "core"), _counted(of_host["threads"], "thread")
+        yield f"  {host}: {named_ranks(ranks)} on {cores}, of {threads} each"
+    yield from _of_links(links)
+    yield "" if problems else "nothing needs a remedy"
+    yield from (f"PROBLEM: {problem}" for problem in problems)
+
+
+def _of_links(links: Sequence[Link]) -> Iterator[str]:
+    by_speed = sorted(links, key=lambda link: link["bits_per_second"])
+    if by_speed:
+        middle = statistics.median(link["bits_per_second"] for link in links)
+        yield f"links, by the back end's own alltoall, the slowest first; median {middle / 1e9:.3g} Gbit/s each way:"
+    for link in by_speed[:_SHOWN_LINKS]:
+        one, other = link["ranks"]
+        speed = f"{link['bits_per_second'] / 1e9:.3g} Gbit/s"
+        yield f"  ranks {one} and {other}: {speed}, {1e6 * link['latency_seconds']:.0f} us for eight bytes"
+    if len(links) > _SHOWN_LINKS:
+        yield f"  and {len(links) - _SHOWN_LINKS} faster ones"
+
+
+def _of(found: Any, describe: Any) -> str:
+    if not found:
+        return "not installed"
+    text: str = f"does not work: {found['error']}" if "error" in found else describe(found)
+    return text
+
+
+def _kernels(found: Facts) -> str:
+    asked = f", as HVD_COMPRESS_KERNELS={found['asked']} asks" if found["asked"] else ""
+    return f"{found['in_use']}{asked}" + ("" if found["built"] else ", none were built")
+
+
+def _horovod(found: Facts) -> str:
+    built = [name for name in ("mpi", "gloo", "nccl") if found[name]]
+    return f"{found['version']}, built with {', '.join(built) or 'nothing'}"
+
+
+def _mpi(found: Facts) -> str:
+    threads = f", thread level {found['threads']}" if found["threads"] else ""
+    return f"mpi4py {found['mpi4py']}, {found['library'] or 'library not asked'}{threads}"
+
+
+def _back_ends(found: Facts) -> str:
+    return ", ".join(name for name, there in found.items() if there) or "no back end"
+
+
+def _exchange(found: Facts) -> str:
+    return ", ".join(f"{name} {1e3 * seconds:.1f} ms a rank" for name, seconds in found["seconds"].items())
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
+def _listed(found: Any) -> str:
+    return f"GPUs do not work: {found['error']}" if isinstance(found, dict) else ", ".join(found)

@@ -1,0 +1,62 @@
+"""How fast pairs of ranks reach each other, by the collectives that gradients travel by."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..requests import ReduceOp
+from ..transports.base import Transport
+
+_MOST_PAIRS = 28  # all of up to eight ranks; of more, each and the next
+_LATENCY_ROUNDS = 15
+_SIZES = (1 << 18, 1 << 22, 1 << 25)  # bytes; the next one where the last took less than _ENOUGH_SECONDS
+_ENOUGH_SECONDS = 0.02
+
+Link = dict[str, Any]  # ranks, seconds there and back, bits a second one way
+
+
+def pairs_of(size: int) -> list[tuple[int, int]]:
+    """Those that are measured, one after the other."""
+    every = list(itertools.combinations(range(size), 2))
+    return every if len(every) <= _MOST_PAIRS else [(rank, (rank + 1) % size) for rank in range(size)]
+
+
+def measure(transport: Transport) -> list[Link]:
+    """To be called on every rank; all of them get all links."""
+    return [_measure(transport, pair) for pair in pairs_of(transport.size)]
+
+
+def _measure(transport: Transport, pair: Sequence[int]) -> Link:
+    _seconds(transport, pair, 8)
+    latency = statistics.median(_seconds(transport, pair, 8) for _ in range(_LATENCY_ROUNDS))
+    for size in _SIZES:
+        seconds = min(_seconds(transport, pair, size) for _ in range(2))
+        if seconds > _ENOUGH_SECONDS:
+            break
+    return {"ranks": list(pair), "latency_seconds": latency, "bits_per_second": 8 * size / seconds}
+
+
+def _seconds(transport: Transport, pair: Sequence[int], size: int) -> float:
+    """Of a message each way between two ranks, the slower one's; the same number on all ranks."""
+    nothing: list[Tensor] = []
+    parts = [nothing] * transport.size
+    if transport.rank in pair:
+        (other,) = set(pair) - {transport.rank}
+        parts = [[torch.zeros(size, dtype=torch.uint8)] if rank == other else nothing for rank in range(transport.size)]
+    _meet(transport, 0.0)
+    start = time.perf_counter()
+    transport.alltoall("hvd_compress.doctor.link", parts).wait()
+    return _meet(transport, time.perf_counter() - start if transport.rank in pair else 0.0)
+
+
+def _meet(transport: Transport, seconds: float) -> float:
+    """Wait for all ranks; the longest of their times."""
+    longest = transport.allreduce("hvd_compress.doctor.meet", torch.tensor([seconds]), ReduceOp.MAX).wait()
+    return float(longest)
