@@ -26,8 +26,9 @@ METHODS = {
     "qsgd_1": lambda named, **options: Compression.qsgd(named, bits=1, bucket_size=64, norm="l2", **options),
     "topk": lambda named, **options: Compression.topk(named, density=0.05, **options),
     "dgc": lambda named, **options: Compression.dgc(named, density=0.05, momentum=0.0, **options),
+    "topk_4": lambda named, **options: Compression.topk(named, density=0.05, value_bits=4, **options),
 }
-SPARSE = ("topk", "dgc")
+SPARSE = ("topk", "dgc", "topk_4")
 method = pytest.mark.parametrize("method", METHODS)
 sizes = pytest.mark.parametrize("size", SIZES)
 
