@@ -30,19 +30,28 @@ struct NarrowLayout {
     }
 };
 
-// The nearest whole number, ties to even, of |x| < 2^22: adding 1.5 * 2^23 rounds to it.
-inline float nearest(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-
-// One step for `count` values: the largest becomes narrow_levels. 0 where that is too small for a normal number.
-inline float narrow_step(const float* values, size_t count, int levels) {
-    int32_t largest = 0;
-    for (size_t j = 0; j < count; j++) {
-        const int32_t magnitude = as_int(values[j]) & INT32_MAX;
-        largest = magnitude > largest ? magnitude : largest;
+// One step for a block of values: the largest becomes `levels`. 0 where that is too small for a normal number.
+inline float narrow_step(const float* block, int levels) {
+    I8 magnitudes = iset(0);
+    for (size_t j = 0; j < ENTRIES_A_STEP; j += LANES) {
+        magnitudes = imax(magnitudes, magnitude_bits(fload(block + j)));
     }
-    const float step = as_float(largest) / static_cast<float>(levels);
+    const float step = as_float(top(magnitudes)) / static_cast<float>(levels);
     const float most = as_float(as_int(__FLT_MAX__ / static_cast<float>(levels)) - 1);  // whose multiples are finite
     return step < __FLT_MIN__ ? 0 : step > most ? most : step;
+}
+
+// The nearest number of steps to each value of a block, of equally near the even one, and what that leaves of it.
+inline void narrow_round(const float* block, float step, int levels, int32_t* numbers, float* lost) {
+    const F8 most = fset(static_cast<float>(levels)), divisor = fset(step > 0 ? step : 1), times = fset(step);
+    const F8 round = fset(0x1.8p23f);  // adding it leaves no bits for a fraction
+    for (size_t j = 0; j < ENTRIES_A_STEP; j += LANES) {
+        const F8 v = fload(block + j);
+        const I8 near = truncate(fmin(fabs8(v) / divisor, most) + round - round);
+        const I8 number = times_sign(near, as_int(v)) & iset(step > 0 ? -1 : 0);
+        istore(numbers + j, number);
+        fstore(lost + j, v - to_float(number) * times);
+    }
 }
 
 // Packs the entries of an exact payload that is sound, all finite; to `kept`, where they were taken from, goes what
@@ -58,45 +67,45 @@ inline void narrow_encode(const uint8_t* exact, size_t length, size_t numel, int
     uint8_t *lower = payload + at.lower, *codes = payload + at.codes;
     uint64_t held = 0;  // low bits that are not written yet
     int count = 0;
-    float block[ENTRIES_A_STEP], step = 0;
     uint32_t left = 0;  // entries of this chunk
     size_t chunk = 0;
-    for (size_t j = 0; j < entries; j++) {
-        const size_t in_block = j % ENTRIES_A_STEP;
-        if (in_block == 0) {
-            const size_t size = entries - j < ENTRIES_A_STEP ? entries - j : ENTRIES_A_STEP;
-            std::memcpy(block, values + 4 * j, 4 * size);
-            step = narrow_step(block, size, levels);
-            std::memcpy(payload + NARROW_HEAD + 4 * (j / ENTRIES_A_STEP), &step, 4);
+    for (size_t first = 0; first < entries; first += ENTRIES_A_STEP) {
+        const size_t size = entries - first < ENTRIES_A_STEP ? entries - first : ENTRIES_A_STEP;
+        float block[ENTRIES_A_STEP] = {}, lost[ENTRIES_A_STEP];
+        int32_t numbers[ENTRIES_A_STEP];
+        std::memcpy(block, values + 4 * first, 4 * size);
+        const float step = narrow_step(block, levels);
+        std::memcpy(payload + NARROW_HEAD + 4 * (first / ENTRIES_A_STEP), &step, 4);
+        narrow_round(block, step, levels, numbers, lost);
+        for (size_t j = 0; j < size; j++) {
+            while (left == 0) {
+                std::memcpy(&left, exact + 4 * chunk++, 4);
+            }
+            left--;
+            uint16_t place;
+            std::memcpy(&place, places + 2 * (first + j), 2);
+            const size_t position = (chunk - 1) * SPARSE_CHUNK + place, bit = (position >> at.low) + first + j;
+            payload[at.upper + bit / 8] |= static_cast<uint8_t>(1 << bit % 8);
+            held |= (static_cast<uint64_t>(position) & ((uint64_t{1} << at.low) - 1)) << count;
+            count += at.low;
+            if (count >= 32) {
+                const uint32_t word = static_cast<uint32_t>(held);
+                std::memcpy(lower, &word, 4);
+                lower += 4;
+                held >>= 32;
+                count -= 32;
+            }
+            kept[position] += lost[j];
         }
-        while (left == 0) {
-            std::memcpy(&left, exact + 4 * chunk++, 4);
+        for (size_t j = 0; bits == 8 && j < size; j++) {
+            *codes++ = static_cast<uint8_t>(numbers[j]);
         }
-        left--;
-        uint16_t place;
-        std::memcpy(&place, places + 2 * j, 2);
-        const size_t position = (chunk - 1) * SPARSE_CHUNK + place, bit = (position >> at.low) + j;
-        payload[at.upper + bit / 8] |= static_cast<uint8_t>(1 << bit % 8);
-        held |= (static_cast<uint64_t>(position) & ((uint64_t{1} << at.low) - 1)) << count;
-        for (count += at.low; count >= 8; count -= 8, held >>= 8) {
-            *lower++ = static_cast<uint8_t>(held);
+        for (size_t j = 0; bits == 4 && j < size; j += 2) {  // past the end numbers are 0
+            *codes++ = static_cast<uint8_t>((numbers[j] & 15) | (numbers[j + 1] & 15) << 4);
         }
-        const float value = block[in_block];
-        float steps = step > 0 ? nearest(value / step) : 0;
-        const float most = static_cast<float>(levels);
-        steps = steps > most ? most : steps < -most ? -most : steps;
-        const int code = static_cast<int>(steps);
-        if (bits == 8) {
-            codes[j] = static_cast<uint8_t>(code);
-        } else if (j % 2) {
-            codes[j / 2] |= static_cast<uint8_t>((code & 15) << 4);
-        } else {
-            codes[j / 2] = static_cast<uint8_t>(code & 15);
-        }
-        kept[position] += value - steps * step;
     }
-    if (count > 0) {
-        *lower = static_cast<uint8_t>(held);
+    for (; count > 0; count -= 8, held >>= 8) {
+        *lower++ = static_cast<uint8_t>(held);
     }
 }
 
