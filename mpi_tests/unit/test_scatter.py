@@ -134,7 +134,9 @@ def test_what_was_sent_and_what_is_owed_is_all_there_was(method, size, steps):
             there[name] += sum(mine[name].double().view(-1) for mine in known)
     owed = owed_by(ranks)
     for name in SHAPES:
-        assert torch.equal(sent[name] + owed[name], there[name])
+        # Steps of 4 bits are no integers: sums of some thousands are rounded by 2**-13 at most, twice a step and rank.
+        slack = 2.0**-13 * 2 * steps * size if method == "topk_4" else 0.0
+        assert float((sent[name] + owed[name] - there[name]).abs().max()) <= slack
 
 
 def owed_by(ranks: LocalRanks) -> dict[str, torch.Tensor]:
