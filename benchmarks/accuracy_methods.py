@@ -121,6 +121,8 @@ METHODS: dict[str, Make] = {
     "qsgd": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
     "adacomp": lambda s: Compression.adacomp(s.named),
     "topk": lambda s: Compression.topk(s.named, density=0.01),
+    "topk_8_bits": lambda s: Compression.topk(s.named, density=0.01, value_bits=8),
+    "topk_4_bits": lambda s: Compression.topk(s.named, density=0.01, value_bits=4),
     "powersgd": lambda s: Compression.powersgd(s.named, approximation_rank=4, seed=s.seed),
     "scalecom": lambda s: Compression.scalecom(s.named, density=0.01),
     "dgc": _dgc,

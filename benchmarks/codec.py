@@ -77,6 +77,16 @@ def topk(density: float) -> Callable[[ModuleType, Buffers], object]:
     return run
 
 
+def narrow(density: float, bits: int) -> Callable[[ModuleType, Buffers], object]:
+    """As `topk`, with values of so many bits."""
+
+    def run(module: ModuleType, b: Buffers) -> object:
+        length = module.topk_encode(b.gradient, b.residual, b.kept, max(int(density * b.numel), 1), b.payload)
+        return module.narrow_encode(b.payload[:length], b.numel, bits, b.kept)
+
+    return run
+
+
 def adacomp(bin_size: int) -> Callable[[ModuleType, Buffers], object]:
     return lambda module, b: module.adacomp_encode(b.gradient, b.residual, b.kept, bin_size, b.payload)
 
@@ -98,6 +108,7 @@ KERNELS: dict[str, Callable[[ModuleType, Buffers], object]] = {
     ),
     "topk1e-2_encode": topk(1e-2),
     "topk1e-3_encode": topk(1e-3),
+    "topk1e-2_8_encode": narrow(1e-2, 8),
     "prune_encode": prune,
 }
 
@@ -126,6 +137,7 @@ BARS = {
     "threshold1e-2_encode": Bar("triad", 0.8),
     "topk1e-2_encode": Bar("triad", 0.5, 30),
     "topk1e-3_encode": Bar("triad", 0.7, 30),
+    "topk1e-2_8_encode": Bar("triad", 0.5, 30),
     "prune_encode": Bar("memcpy", 0.9),
 }
 

@@ -61,6 +61,18 @@ def _topk(density: float) -> Decoder:
     return Decoder(encode, native.sparse_sum)
 
 
+def _narrow(density: float, bits: int) -> Decoder:
+    exact = _topk(density)
+
+    def encode(gradient: Tensor, rank: int, room: Tensor) -> int:
+        entries = room[: exact.encode(gradient, rank, room)]
+        payload = native.narrow_encode(entries, gradient.numel(), bits, torch.empty_like(gradient))
+        room[: payload.numel()] = payload
+        return payload.numel()
+
+    return Decoder(encode, lambda payloads, divisor, out: native.narrow_sum(payloads, bits, divisor, out))
+
+
 def _adacomp(bin_size: int) -> Decoder:
     def encode(gradient: Tensor, rank: int, room: Tensor) -> int:
         residual = gradient.roll(1).mul_(3)  # about as large as in training
@@ -100,6 +112,8 @@ DECODERS: dict[str, Decoder] = {
     "bf16_decode": Decoder(_bfloat, native.bfloat_sum),
     "topk1e-2_decode": _topk(1e-2),
     "topk1e-3_decode": _topk(1e-3),
+    "topk1e-2_8_decode": _narrow(1e-2, 8),
+    "topk1e-2_4_decode": _narrow(1e-2, 4),
     "adacomp50_decode": _adacomp(50),
     "adacomp500_decode": _adacomp(500),
     "prune_decode": Decoder(_prune, native.prune_sum),

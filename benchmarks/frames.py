@@ -99,7 +99,8 @@ DAMAGES: tuple[Callable[[bytearray, random.Random], None], ...] = (flip, cut, le
 
 def sealed(data: bytes, frame: bytes, rng: random.Random) -> bytes:
     """A payload that is damaged, or a header, with a length and a checksum that are right."""
-    header, payload = bytearray(data[:32].ljust(32, b"\0")), data[36:]
+    padding = -_LENGTH.unpack_from(frame, _LENGTH_AT)[0] % 4
+    header, payload = bytearray(data[:32].ljust(32, b"\0")), data[36 : len(data) - padding]
     if rng.random() < 0.7:  # what is no frame at all is refused before its payload is looked at
         header[:_LENGTH_AT] = frame[:_LENGTH_AT]
     _LENGTH.pack_into(header, _LENGTH_AT, len(payload))

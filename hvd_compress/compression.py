@@ -91,12 +91,16 @@ class Compression:
         return _bound(AdaCompCompressor(bin_size=bin_size), named_parameters, options)
 
     @staticmethod
-    def topk(named_parameters: NamedParameters, *, density: Rate = 0.01, **options: Any) -> GradientCompression:
+    def topk(
+        named_parameters: NamedParameters, *, density: Rate = 0.01, value_bits: int = 32, **options: Any
+    ) -> GradientCompression:
         """Top-k: exactly the ceil(density * numel) largest entries of each tensor, with error feedback.
 
         density: in (0, 1], or a schedule of it, such as schedules.ExponentialWarmup.
+        value_bits: of an entry's value, 32, 8 or 4. With its position that makes 48 bits, or these 8 or 4 and about
+            log2(1 / density) + 2.5; what rounding loses is sent later, by error feedback.
         """
-        return _bound(TopKCompressor(density=density), named_parameters, options)
+        return _bound(TopKCompressor(density=density, value_bits=value_bits), named_parameters, options)
 
     @staticmethod
     def qsgd(
@@ -152,6 +156,7 @@ class Compression:
         nesterov: bool = False,
         clip: float | None = None,
         weight_decay: float = 0.0,
+        value_bits: int = 32,
         warmup: int = 0,
         **options: Any,
     ) -> GradientCompression:
@@ -163,6 +168,7 @@ class Compression:
         density: fraction of the entries, in (0, 1], or a schedule of it.
         momentum, nesterov, weight_decay: as of torch.optim.SGD.
         clip: limit of the norm of each tensor's gradient, before it accumulates; None for none.
+        value_bits: of an entry's value, 32, 8 or 4, as of topk.
         warmup: steps, in the paper an epoch, at each of the densities 1/4, 1/16, ... that lead to `density`.
         """
         if warmup:
@@ -170,7 +176,12 @@ class Compression:
                 raise ValueError("warmup= leads to a density that is a number: give one, or the whole schedule")
             density = ExponentialWarmup(interval=warmup, final=density)
         compressor = DGCCompressor(
-            density=density, momentum=momentum, nesterov=nesterov, clip=clip, weight_decay=weight_decay
+            density=density,
+            momentum=momentum,
+            nesterov=nesterov,
+            clip=clip,
+            weight_decay=weight_decay,
+            value_bits=value_bits,
         )
         return _bound(compressor, named_parameters, options)
 

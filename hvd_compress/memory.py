@@ -137,6 +137,10 @@ class ErrorFeedback:
     def propose(self, name: str, residual: Tensor) -> None:
         self._proposed[name] = residual
 
+    def proposed(self, name: str) -> Tensor:
+        """What was proposed of this name since the last step ended. May be written to."""
+        return self._proposed[name]
+
     def commit(self) -> None:
         for name, residual in self._proposed.items():
             if name in self._reused and name in self.residuals:

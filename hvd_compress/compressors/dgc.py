@@ -6,7 +6,6 @@ Momentum runs here, before what is small is held back, *instead of* in the optim
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +23,7 @@ from .footprint import Sent
 
 @dataclass(frozen=True)
 class DGCCompressor(EntriesCodec):
-    """Sends the largest of what has accumulated of u, where u <- momentum * u + gradient, six bytes an entry.
+    """Sends the largest of what has accumulated of u, where u <- momentum * u + gradient, six bytes an entry or less.
 
     Where an entry is sent, u starts anew as well (momentum factor masking). A tensor of which everything is sent, since
     it is small or the density is 1, has plain momentum: nothing of it is stale. So do parameters that are not
@@ -39,6 +38,7 @@ class DGCCompressor(EntriesCodec):
         much smaller. (The paper has clip / sqrt(size), appendix C, of gradients that are divided by size already.) The
         paper limits the norm of all tensors together; here they leave one by one, before the last of them is known.
         Where ranks are summed instead of averaged, give clip and weight_decay divided by size.
+    value_bits: of each entry that is sent, 32, 8 or 4, as of top-k.
     """
 
     density: Rate = 0.001
@@ -46,6 +46,7 @@ class DGCCompressor(EntriesCodec):
     nesterov: bool = False
     clip: float | None = None
     weight_decay: float = 0.0
+    value_bits: int = 32
 
     algorithm = 10
     stateful = True
@@ -54,6 +55,7 @@ class DGCCompressor(EntriesCodec):
 
     def __post_init__(self) -> None:
         density_at(self.density, 0)
+        self.check_value_bits()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1): {self.momentum}")
         if self.nesterov and not self.momentum:
@@ -79,7 +81,7 @@ class DGCCompressor(EntriesCodec):
         self._propose(slot, velocity, torch.zeros_like(step))
         return total
 
-    def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
+    def selected(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         density = self.density_of(slot)
         k = entries_of(density, gradient.numel())
         velocity, step = self._stepped(slot, gradient)
@@ -95,24 +97,16 @@ class DGCCompressor(EntriesCodec):
             self._propose(slot, velocity, kept)
         return self.framed(slot, gradient, payload, rate=density)
 
-    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-        return float(kernels.of(out).sparse_sum(payloads, divisor, out))
-
     def sent(self, slot: Slot) -> Sent:
-        payload = self._payload_bytes(slot)
+        payload = self.entry_bytes(slot.shape.numel(), self.wanted(slot)) if self.grouped(slot) else 0
         return Sent(gathered=wire.frame_bytes(payload)) if payload else Sent(reduced=4 * slot.shape.numel())
 
     def held(self, slot: Slot) -> dict[str, int]:
         residual = 4 * slot.shape.numel()
         momentum = residual if self.momentum else 0
-        frames = frame_room(self._payload_bytes(slot))
+        entries = kernels.sparse_bytes(slot.shape.numel(), self.wanted(slot)) if self.grouped(slot) else 0
+        frames = frame_room(entries)
         return {RESIDUALS: residual, MOMENTUM: momentum, SPARE: residual + momentum, FRAMES: frames}
-
-    def _payload_bytes(self, slot: Slot) -> int:
-        """0 where the gradient travels as it is."""
-        numel = slot.shape.numel()
-        k = entries_of(self.density_of(slot), numel)
-        return kernels.sparse_bytes(numel, k) if slot.compressed and saves(numel, k) else 0
 
     def density_of(self, slot: Slot) -> float:
         return density_at(self.density if slot.rate is None else slot.rate, slot.step)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..schedules import Rate, density_at, entries_of
-from .base import Slot, SparsifyingCompressor, flat32, frame_room, max_abs
+from .base import Common, Slot, SparsifyingCompressor, flat32, frame_room, max_abs
 from .entries import EntriesCodec
 
 _DENSITIES = tuple(2.0 ** (-quarter / 4) for quarter in range(53))  # 1 to 1/8192
@@ -21,18 +21,23 @@ _PART = 1 << 20  # elements at a time
 
 
 @dataclass(frozen=True)
-class TopKCompressor(SparsifyingCompressor, EntriesCodec):
-    """Sends the k = ceil(density * numel) largest |residual + gradient| of a layer, six bytes each.
+class TopKCompressor(EntriesCodec, SparsifyingCompressor):
+    """Sends the k = ceil(density * numel) largest |residual + gradient| of a layer, six bytes each or less.
 
     density: fraction that is sent, in (0, 1], or a schedule of it.
+    value_bits: of each entry that is sent, 32, 8 or 4. With fewer than 32 its position takes about log2(1 / density) +
+        2 bits, and what rounding loses waits in the residual. Gradients that travel as they are, since six bytes an
+        entry would be no less, are not rounded.
     """
 
     density: Rate = 0.01
+    value_bits: int = 32
 
     algorithm = 5
 
     def __post_init__(self) -> None:
         density_at(self.density, 0)
+        self.check_value_bits()
 
     def rate_of(self, slot: Slot) -> float:
         return density_at(self.density if slot.rate is None else slot.rate, slot.step)
@@ -55,8 +60,8 @@ class TopKCompressor(SparsifyingCompressor, EntriesCodec):
         failed = kernel.topk_encode(gradient, residual, kept, k, payload) == kernels.NOT_FINITE
         return kernels.NOT_FINITE if failed else payload
 
-    def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
-        return float(kernels.of(out).sparse_sum(payloads, divisor, out))
+    def selected(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
+        return SparsifyingCompressor.frame(self, slot, gradient, common)
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:
         """The densities that a controller may choose from for a gradient of `shape`, each 2**0.25 times the one before;
@@ -68,7 +73,7 @@ class TopKCompressor(SparsifyingCompressor, EntriesCodec):
         """What a rank sends of a float32 gradient of `shape` at density `rate`, its header included, exactly."""
         numel = shape.numel()
         k = entries_of(density_at(rate, 0), numel)
-        return wire.frame_bytes(kernels.sparse_bytes(numel, k) if _saves(numel, k) else 4 * numel)
+        return wire.frame_bytes(self.entry_bytes(numel, k) if _saves(numel, k) else 4 * numel)
 
     def errors(self, gradient: Tensor, rates: Sequence[float]) -> list[float]:
         """L2 norm of what is not sent at each of these densities, of all from one histogram.

@@ -4,6 +4,7 @@ from .choice import find_frames, in_use, largest_positions, of, on_host, orthono
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import MOST_RANKS, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
+from .narrow import narrow_bytes
 from .prune import decode_pruned, encode_pruned, pruned_entries
 from .quantise import QUANTISED_BLOCK, quantised_bytes
 from .random import key_at, random_bits, stream_key
@@ -27,6 +28,7 @@ __all__ = [
     "key_at",
     "largest_positions",
     "of",
+    "narrow_bytes",
     "on_host",
     "orthonormalise",
     "pack_sparse",

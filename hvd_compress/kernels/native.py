@@ -19,6 +19,7 @@ from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import count_bits, count_bytes
 from .gaps import token_width
 from .moments import deviation
+from .narrow import narrow_bytes
 from .payloads import Payloads
 from .quantise import quantised_bytes
 from .sparse import sparse_bytes
@@ -38,6 +39,12 @@ _SPARSE_ERRORS = (
     "fewer bytes than its counts take",
     "another number of entries than its counts say",
     "positions that do not ascend, or are past the end",
+)
+_NARROW_ERRORS = (
+    "",
+    "another length, or another number of positions, than its entries take",
+    "positions that do not ascend, or are past the end",
+    "steps or numbers of them that are none",
 )
 _GAPS_ERRORS = ("", "no scale, or no whole number of tokens after it", "a position past the end")
 _LIBRARY = Path(__file__).with_name("_native.so")
@@ -59,6 +66,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_threshold_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_float, c_void_p, c_size_t]),
     "hc_sparse_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p, c_void_p]),
     "hc_sparse_positions": (c_int64, [c_void_p, c_size_t, c_size_t, c_void_p]),
+    "hc_narrow_encode": (None, [c_void_p, c_size_t, c_size_t, c_int, c_void_p, c_void_p]),
+    "hc_narrow_decode": (c_int64, [c_void_p, c_size_t, c_size_t, c_int, c_void_p, c_void_p, c_size_t]),
+    "hc_narrow_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_int, c_float, c_void_p, c_void_p]),
     "hc_adacomp_encode": (
         c_int64,
         [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_int, c_void_p, c_size_t],
@@ -270,6 +280,33 @@ def sparse_positions(payload: Tensor, numel: int) -> Tensor:
     if found < 0:
         raise ValueError("positions are not ascending or past the end, or bytes do not fit their counts")
     return positions[:found]
+
+
+def narrow_encode(exact: Tensor, numel: int, bits: int, kept: Tensor) -> Tensor:
+    assert _library is not None
+    payload = torch.empty(narrow_bytes(numel, (exact.numel() - sparse_bytes(numel, 0)) // 6, bits), dtype=torch.uint8)
+    into = kept.data_ptr(), payload.data_ptr()
+    _library.hc_narrow_encode(exact.data_ptr(), exact.numel(), numel, bits, *into)
+    return payload
+
+
+def narrow_decode(payload: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor]:
+    assert _library is not None
+    capacity = 8 * payload.numel() // bits  # at least as many as there are entries
+    values, positions = torch.empty(capacity), torch.empty(capacity, dtype=torch.int64)
+    shape = payload.data_ptr(), payload.numel(), numel, bits
+    found = _library.hc_narrow_decode(*shape, values.data_ptr(), positions.data_ptr(), capacity)
+    if found < 0:
+        raise ValueError(_NARROW_ERRORS[-found])
+    return values[:found], positions[:found]
+
+
+def narrow_sum(payloads: Sequence[Tensor], bits: int, divisor: float, out: Tensor) -> float:
+    assert _library is not None
+    bound = c_float()
+    shape = len(payloads), out.numel(), bits, divisor, out.data_ptr(), ctypes.byref(bound)
+    failed = _checked(_library.hc_narrow_sum(_addresses(payloads), _lengths(payloads), *shape))
+    return _bound(failed, _NARROW_ERRORS, bound.value, out)
 
 
 def adacomp_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bin_size: int, payload: Tensor) -> int:

@@ -22,6 +22,7 @@ from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import count_bits, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
 from .lowrank import orthonormalise, product
+from .narrow import pack_narrow, unpack_narrow
 from .prune import decode_pruned, encode_pruned, prune_dense
 from .quantise import (
     bucket_norms,
@@ -52,6 +53,9 @@ __all__ = [
     "magnitudes",
     "moments",
     "momentum",
+    "narrow_decode",
+    "narrow_encode",
+    "narrow_sum",
     "orthonormalise",
     "project",
     "prune_dense",
@@ -226,6 +230,28 @@ def _put_entries(kept: Tensor, positions: Tensor, payload: Tensor) -> int:
 def sparse_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
     def decode(payload: Tensor) -> Tensor:
         values, positions = unpack_sparse(payload, out.numel())
+        return _dense(out, positions, values)
+
+    return _sum(payloads, divisor, out, decode)
+
+
+def narrow_encode(exact: Tensor, numel: int, bits: int, kept: Tensor) -> Tensor:
+    """The narrow payload of the entries of an exact one; to `kept`, float32 [numel], which they were taken from, goes
+    what rounding leaves of each."""
+    values, positions = (part.to(kept.device) for part in unpack_sparse(exact, numel))
+    payload, read = pack_narrow(values, positions, numel, bits)
+    kept[positions] += values - read
+    return payload
+
+
+def narrow_decode(payload: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor]:
+    """As kernels.narrow.unpack_narrow."""
+    return unpack_narrow(payload, numel, bits)
+
+
+def narrow_sum(payloads: Sequence[Tensor], bits: int, divisor: float, out: Tensor) -> float:
+    def decode(payload: Tensor) -> Tensor:
+        values, positions = unpack_narrow(payload, out.numel(), bits)
         return _dense(out, positions, values)
 
     return _sum(payloads, divisor, out, decode)

@@ -50,6 +50,10 @@ TOPK = {
     "topk_0.3": TopKCompressor(density=0.3),
     "topk_1.0": TopKCompressor(density=1.0),
 }
+NARROW = {
+    "topk_0.05_in_8_bits": TopKCompressor(density=0.05, value_bits=8),
+    "topk_0.3_in_4_bits": TopKCompressor(density=0.3, value_bits=4),
+}
 QSGD = {
     "qsgd": QSGDCompressor(),
     "qsgd_1": QSGDCompressor(bits=1),
@@ -60,7 +64,7 @@ PRUNED = {
     "stochastic_pruning": StochasticPruningCompressor(),
     "stochastic_pruning_0.5": StochasticPruningCompressor(rate=0.5),
 }
-STATEFUL: dict[str, Compressor] = {**ADACOMP, **TOPK}
+STATEFUL: dict[str, Compressor] = {**ADACOMP, **TOPK, **NARROW}
 FRAMED: dict[str, Compressor] = {"bf16": BF16Compressor(), **TERNGRAD, **QSGD, **PRUNED, **STATEFUL}
 MIXED: dict[str, Compressor] = {  # frames, sums or both; more of their contract is in tests of their own
     "powersgd": PowerSGDCompressor(),

@@ -56,6 +56,8 @@ VARIANTS: dict[str, Make] = METHODS | {
     "scalecom with a filter": lambda named, **o: Compression.scalecom(named, density=0.05, beta=0.5, **o),
     "dgc of Nesterov": lambda named, **o: Compression.dgc(named, density=0.05, nesterov=True, **o),
     "dgc without momentum": lambda named, **o: Compression.dgc(named, density=0.05, momentum=0.0, **o),
+    "topk of 4 bits": lambda named, **o: Compression.topk(named, density=0.05, value_bits=4, **o),
+    "dgc of 8 bits": lambda named, **o: Compression.dgc(named, density=0.05, value_bits=8, **o),
     "topk of everything": lambda named, **o: Compression.topk(named, density=1.0, **o),
     "masked before its masks": lambda named, **o: masked(named, set_masks=False, **o),
 }

@@ -23,7 +23,22 @@ from hvd_compress.memory import ErrorFeedback
 from hvd_compress.requests import Allgather
 
 from . import drive
-from .drive import ADACOMP, EVERY, FRAMED, SIZES, STATEFUL, SUMMED, TERNGRAD, TOPK, bits, bound, gathering, random, run
+from .drive import (
+    ADACOMP,
+    EVERY,
+    FRAMED,
+    NARROW,
+    SIZES,
+    STATEFUL,
+    SUMMED,
+    TERNGRAD,
+    TOPK,
+    bits,
+    bound,
+    gathering,
+    random,
+    run,
+)
 
 every = pytest.mark.parametrize("compressor", EVERY.values(), ids=EVERY)
 framed = pytest.mark.parametrize("compressor", FRAMED.values(), ids=FRAMED)
@@ -157,6 +172,10 @@ def test_frames_have_the_size_that_the_format_says(compressor, tensor):
         elif isinstance(compressor, TopKCompressor):
             k = min(math.ceil(round(compressor.density * numel, 6)), numel)
             payload = 4 * math.ceil(numel / 65536) + 6 * k
+            if compressor.value_bits < 32:
+                low = int(math.log2(numel / k)) if k else 0
+                in_bits = (k + ((numel - 1) >> low), k * low, k * compressor.value_bits) if k else ()
+                payload = 4 + 4 * math.ceil(k / 64) + sum(math.ceil(size / 8) for size in in_bits)
             assert frame.numel() == 36 + payload + -payload % 4
         else:
             assert isinstance(compressor, AdaCompCompressor)
@@ -230,8 +249,8 @@ def test_over_many_steps_nothing_is_lost(compressor):
         residual = outcome.memories[0].residuals["weight"]
         sent += outcome.totals[0]
     exact = torch.stack(gradients).double().sum(0).view(-1)
-    # AdaComp's scale is no integer: one rounding of the residual a step
-    slack = 0.0 if isinstance(compressor, TopKCompressor) else 20 * 2.0**-24 * 64 * 200
+    # AdaComp's scale is no integer, nor are steps of 8 or 4 bits: one rounding of the residual a step
+    slack = 0.0 if getattr(compressor, "value_bits", 0) == 32 else 20 * 2.0**-24 * 64 * 200
     assert float((sent + residual.double() - exact).abs().max()) <= slack
 
 
@@ -318,6 +337,22 @@ def test_topk_sends_the_largest_and_keeps_the_rest(name):
     assert torch.equal(kept, gradient.masked_fill(sent, 0))
     if not sent.all():
         assert gradient[sent].abs().min() >= gradient[~sent].abs().max()
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_narrow_values_are_the_nearest_of_their_levels_and_the_residual_has_the_rest(name, scale):
+    gradient, bits_, k = random(2000, scale=scale), NARROW[name].value_bits, math.ceil(NARROW[name].density * 2000)
+    outcome = run(NARROW[name], [gradient])
+    outcome.memories[0].commit()
+    (total,), kept = outcome.totals, outcome.memories[0].residuals["weight"]
+    assert torch.equal(total + kept, gradient)
+    chosen = kernels.topk_indices(gradient, k)
+    assert int((total != 0).sum()) <= k
+    for block in chosen.split(64):
+        half = float(gradient[block].abs().max()) / (2 ** (bits_ - 1) - 1) / 2
+        assert float(kept[block].abs().max()) <= half * (1 + 1e-6)
+    assert torch.equal(kept[total == 0], gradient[total == 0])
 
 
 @pytest.mark.parametrize("compressor", ADACOMP.values(), ids=ADACOMP)

@@ -18,7 +18,7 @@ from hvd_compress.wire import DENSE
 from .drive import FRAMED, bits, random, run
 
 NUMEL = 5000
-SUMS = ("ternary_sum", "quantise_sum", "bfloat_sum", "sparse_sum", "gaps_sum", "prune_sum")
+SUMS = ("ternary_sum", "quantise_sum", "bfloat_sum", "sparse_sum", "narrow_sum", "gaps_sum", "prune_sum")
 
 
 class Copies(TorchDispatchMode):

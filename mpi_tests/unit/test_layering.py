@@ -103,7 +103,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             f"hvd_compress.kernels.{name}"
             for name in (
                 *("random", "codec", "moments", "ternary", "quantise", "sparse", "topk", "gaps", "adacomp", "prune"),
-                *("payloads", "counts", "lowrank"),
+                *("payloads", "counts", "lowrank", "narrow"),
                 *("native", "reference"),
             )
         },

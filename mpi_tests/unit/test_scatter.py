@@ -26,8 +26,9 @@ METHODS = {
     "qsgd_1": lambda named, **options: Compression.qsgd(named, bits=1, bucket_size=64, norm="l2", **options),
     "topk": lambda named, **options: Compression.topk(named, density=0.05, **options),
     "dgc": lambda named, **options: Compression.dgc(named, density=0.05, momentum=0.0, **options),
+    "topk_4": lambda named, **options: Compression.topk(named, density=0.05, value_bits=4, **options),
 }
-SPARSE = ("topk", "dgc")
+SPARSE = ("topk", "dgc", "topk_4")
 method = pytest.mark.parametrize("method", METHODS)
 sizes = pytest.mark.parametrize("size", SIZES)
 
@@ -133,7 +134,9 @@ def test_what_was_sent_and_what_is_owed_is_all_there_was(method, size, steps):
             there[name] += sum(mine[name].double().view(-1) for mine in known)
     owed = owed_by(ranks)
     for name in SHAPES:
-        assert torch.equal(sent[name] + owed[name], there[name])
+        # Steps of 4 bits are no integers: sums of some thousands are rounded by 2**-13 at most, twice a step and rank.
+        slack = 2.0**-13 * 2 * steps * size if method == "topk_4" else 0.0
+        assert float((sent[name] + owed[name] - there[name]).abs().max()) <= slack
 
 
 def owed_by(ranks: LocalRanks) -> dict[str, torch.Tensor]:

@@ -145,6 +145,22 @@ HC_API int64_t hc_sparse_positions(const uint8_t* payload, size_t length, size_t
     return level->sparse_positions(payload, length, numel, positions);
 }
 
+HC_API void hc_narrow_encode(
+    const uint8_t* exact, size_t length, size_t numel, int bits, float* kept, uint8_t* payload) {
+    level->narrow_encode(exact, length, numel, bits, kept, payload);
+}
+
+HC_API int64_t hc_narrow_decode(
+    const uint8_t* payload, size_t length, size_t numel, int bits, float* values, int64_t* positions, size_t capacity) {
+    return level->narrow_decode(payload, length, numel, bits, values, positions, capacity);
+}
+
+HC_API int hc_narrow_sum(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, int bits, float divisor, float* out,
+    float* bound) {
+    return level->narrow_sum(payloads, lengths, ranks, numel, bits, divisor, out, bound);
+}
+
 HC_API int64_t hc_adacomp_encode(
     const void* x, int type, size_t numel, const float* residual, float* kept, size_t bin_size, int width,
     uint8_t* payload, size_t capacity) {

@@ -8,6 +8,7 @@
 #include "gram_schmidt.hpp"
 #include "lowrank.hpp"
 #include "momentum.hpp"
+#include "narrow.hpp"
 #include "prune.hpp"
 #include "prune_sum.hpp"
 #include "quantise_sum.hpp"
@@ -136,6 +137,20 @@ int sparse_sum_(
     return room ? sparse_sum(payloads, lengths, ranks, numel, divisor, out, bound, room) : NO_MEMORY;
 }
 
+int64_t narrow_decode_(
+    const uint8_t* payload, size_t length, size_t numel, int bits, float* values, int64_t* positions, size_t capacity) {
+    return (bits == 8 ? narrow_decode_as<8> : narrow_decode_as<4>)(
+        payload, length, numel, values, positions, capacity);
+}
+
+int narrow_sum_(
+    const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, int bits, float divisor, float* out,
+    float* bound) {
+    void* const room = scratch(narrow_sum_scratch_bytes(ranks));
+    return !room ? NO_MEMORY : (bits == 8 ? narrow_sum_as<8> : narrow_sum_as<4>)(
+        payloads, lengths, ranks, numel, divisor, out, bound, room);
+}
+
 int64_t adacomp_encode_(
     const void* x, int type, const float* residual, float* kept, size_t numel, size_t bin_size, int width,
     uint8_t* payload, size_t capacity) {
@@ -219,7 +234,8 @@ void momentum_(const void* x, int type, const float* velocity, size_t numel, flo
 extern const Level LEVEL;
 const Level LEVEL = {
     moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum_, quantise_encode_, quantise_sum_,
-    accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions, adacomp_encode_, gaps_sum_,
+    accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions,
+    narrow_encode, narrow_decode_,  narrow_sum_, adacomp_encode_,  gaps_sum_,
     prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_,
     project_,     backproject,      rebuild,      orthonormalise_, momentum_,   chunk_largest,  solve,
 };

@@ -30,6 +30,14 @@ struct Level {
         const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
         float* bound);
     int64_t (*sparse_positions)(const uint8_t* payload, size_t length, size_t numel, int64_t* positions);
+    void (*narrow_encode)(
+        const uint8_t* exact, size_t length, size_t numel, int bits, float* kept, uint8_t* payload);
+    int64_t (*narrow_decode)(
+        const uint8_t* payload, size_t length, size_t numel, int bits, float* values, int64_t* positions,
+        size_t capacity);
+    int (*narrow_sum)(
+        const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, int bits, float divisor,
+        float* out, float* bound);
     int64_t (*adacomp_encode)(
         const void* x, int type, const float* residual, float* kept, size_t numel, size_t bin_size, int width,
         uint8_t* payload, size_t capacity);
