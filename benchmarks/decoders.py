@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hvd_compress import kernels, wire
+from hvd_compress.compressors import Slot, TopKCompressor
 from hvd_compress.compressors.base import _add_some_dense, encode_dense
 from hvd_compress.kernels import native
 
@@ -95,11 +96,8 @@ def _dense(gradient: Tensor, rank: int, room: Tensor) -> int:
 
 def _dense_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
     """Of frames that are sent dense, since their codec's payload would have been larger: torch operations."""
-    frames = [
-        wire.Frame(0, torch.float32, rank, 0, 0.0, out.numel(), payload, wire.DENSE)
-        for rank, payload in enumerate(payloads)
-    ]
-    return _add_some_dense(frames, native.sparse_sum, payloads, divisor, out)
+    slot = Slot("", 0, out.shape)
+    return _add_some_dense(TopKCompressor(), [wire.DENSE] * len(payloads), torch.float32, slot, payloads, divisor, out)
 
 
 def _bfloat(gradient: Tensor, rank: int, room: Tensor) -> int:
