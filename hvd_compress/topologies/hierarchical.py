@@ -46,6 +46,7 @@ class Hierarchical:
         exchange = _Exchange(self, parts)
         incoming: list[Tensor] = yield AlltoallParts(exchange.for_owners(), exchange.uncounted)
         mine = exchange.added_in_node(incoming)
+        del incoming
         if len(self.nodes.members) > 1:
             common = yield from exchange.agreed(mine)
             sent, frames = encoded(self.codec, mine, common)
@@ -70,15 +71,15 @@ class _Exchange:
         self._owned = regions(tuple(part.span for part in parts), topology.alignment, nodes.ranks_per_node)
         told = [(part.slot.index, part.span) for part in parts]
         self._known = messages.context((topology.codec.algorithm, slot.step, told))
+        self._flats = [flat32(part.gradient).cpu() for part in parts]
         self.uncounted = [0] * len(parts)
 
     # Inside the node
 
     def for_owners(self) -> list[list[Tensor]]:
         """For each rank its pieces of this rank's gradients."""
-        flats = [flat32(part.gradient).cpu() for part in self._parts]
         return self._addressed(
-            (mate, self._packed(_TO_OWNER, mate, [flats[p.part][p.start : p.stop] for p in pieces]))
+            (mate, self._packed(_TO_OWNER, mate, self._values(pieces)))
             for mate, pieces in zip(self._mates, self._owned)
         )
 
@@ -88,11 +89,14 @@ class _Exchange:
         totals: list[Tensor] = []
         for mate in self._mates:
             if mate == self._rank:
-                values = [flat32(self._parts[p.part].gradient).cpu()[p.start : p.stop] for p in pieces]
+                values = self._values(pieces)
             else:
                 values = [self._there(value) for value in self._unpacked(_TO_OWNER, mate, pieces, incoming[mate])]
             totals = [total.add_(value) for total, value in zip(totals, values)] or [v.clone() for v in values]
         return [Part(self._slot_of(self._parts[p.part], p), total) for p, total in zip(pieces, totals)]
+
+    def _values(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        return [self._flats[piece.part][piece.start : piece.stop] for piece in pieces]
 
     def for_mates(self, totals: Sequence[Tensor | None]) -> list[list[Tensor]]:
         return self._addressed((mate, self._packed(_TO_MATES, self._rank, totals)) for mate in self._mates)

@@ -15,7 +15,16 @@ from hvd_compress.transports.local import LocalTransport
 from hvd_compress.wire import WireError
 
 from .drive import bits
-from .test_scatter import METHODS, SHAPES, gradients, mean, owed_by, ranks_of
+from .in_pieces import (
+    SHAPES,
+    check_that_a_checkpoint_goes_on,
+    check_that_all_get_the_same,
+    check_that_order_and_absence_do_not_matter,
+    check_that_what_is_not_finite_changes_nothing,
+    check_that_what_is_owed_follows_the_loss_scale,
+    gradients,
+)
+from .test_scatter import LARGEST_ERRORS, METHODS, owed_by, ranks_of
 
 NODES = ((2, 2), (3, 2), (2, 4), (4, 1), (1, 3))  # nodes, and ranks on each
 BY_NODE = {name: make for name, make in METHODS.items() if name != "dgc"}
@@ -35,17 +44,7 @@ def whole(size: int, step: int = 0) -> list[dict[str, torch.Tensor]]:
 @method
 @nodes
 def test_all_ranks_get_the_same_bits_near_the_mean(method, count, per_node):
-    ranks = hierarchy(method, count, per_node)
-    for step in range(2):
-        known = gradients(count * per_node, step)
-        results = ranks.exchange(known)
-        for name, shape in SHAPES.items():
-            assert all(bits(result[name]) == bits(results[0][name]) for result in results)
-            assert results[0][name].shape == shape
-    if method in ("bf16", "qsgd"):  # the others are far from it in a single step
-        for name in SHAPES:
-            error = (results[0][name] - mean(known, name)).norm() / mean(known, name).norm()
-            assert error < {"bf16": 0.01, "qsgd": 0.5}[method]
+    check_that_all_get_the_same(hierarchy(method, count, per_node), LARGEST_ERRORS.get(method))
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -101,22 +100,7 @@ def test_a_rank_holds_what_is_unsent_of_its_share_alone():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 99_999])
 def test_a_gradient_that_is_not_finite_shows_on_all_ranks_and_changes_nothing(method, value, place):
-    ranks, twins = hierarchy(method, 2, 2), hierarchy(method, 2, 2)
-    for together in (ranks, twins):
-        together.exchange(gradients(4))
-    spoilt = gradients(4, 1)
-    spoilt[1]["d"].view(-1)[place] = value
-    results = ranks.exchange(spoilt)
-    assert not any(bool(result["d"].isfinite().any()) for result in results)
-    assert all(bool(result[name].isfinite().all()) for result in results for name in ("a", "b", "tiny"))
-    twins.exchange(gradients(4, 1))
-    for together in (ranks, twins):
-        for compression in together.compressions:
-            compression.discard()
-    states = [[c.state_dict()["residuals"] for c in together.compressions] for together in (ranks, twins)]
-    assert repr(states[0]) == repr(states[1])
-    results, expected = ranks.exchange(gradients(4, 2))[0], twins.exchange(gradients(4, 2))[0]
-    assert all(bits(results[name]) == bits(expected[name]) for name in SHAPES)
+    check_that_what_is_not_finite_changes_nothing(lambda: hierarchy(method, 2, 2), value, place)
 
 
 @pytest.mark.parametrize("method", ["bf16", "topk"])
@@ -131,38 +115,16 @@ def test_a_sum_that_overflows_inside_a_node_shows_on_all_ranks(method):
 
 @method
 def test_gradients_may_be_handed_in_in_any_order_or_not_at_all(method):
-    ranks, twins = hierarchy(method, 2, 2), hierarchy(method, 2, 2)
-    for step in range(3):
-        known = [{name: mine[name] for name in list(SHAPES)[step != 1 :]} for mine in gradients(4, step)]
-        shuffled = [dict(list(mine.items())[:: (-1) ** rank]) for rank, mine in enumerate(known)]
-        one, other = twins.exchange(known)[0], ranks.exchange(shuffled)[0]
-        assert one.keys() == other.keys()
-        assert all(bits(one[name]) == bits(other[name]) for name in one)
+    check_that_order_and_absence_do_not_matter(lambda: hierarchy(method, 2, 2))
 
 
 def test_what_is_owed_is_in_the_unit_of_the_loss_scale():
-    plain, scaled = hierarchy("topk", 2, 2), hierarchy("topk", 2, 2)
-    for step in range(4):
-        scale = 2.0 ** (10 + step)
-        for compression in scaled.compressions:
-            compression.loss_scale = scale
-        expected = plain.exchange(gradients(4, step))[0]
-        found = scaled.exchange([{n: g * scale for n, g in mine.items()} for mine in gradients(4, step)])[0]
-        for name in SHAPES:
-            assert torch.equal(found[name] / scale, expected[name])
+    check_that_what_is_owed_follows_the_loss_scale(lambda: hierarchy("topk", 2, 2))
 
 
 @method
 def test_a_checkpoint_goes_on_to_the_bit(method):
-    ranks = hierarchy(method, 3, 2)
-    for step in range(3):
-        ranks.exchange(gradients(6, step))
-    resumed = hierarchy(method, 3, 2)
-    for compression, of in zip(resumed.compressions, ranks.compressions):
-        compression.load_state_dict(of.state_dict())
-    for step in range(3, 6):
-        one, other = ranks.exchange(gradients(6, step))[0], resumed.exchange(gradients(6, step))[0]
-        assert all(bits(one[name]) == bits(other[name]) for name in SHAPES)
+    check_that_a_checkpoint_goes_on(lambda: hierarchy(method, 3, 2))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,17 @@ from hvd_compress.topologies import Piece, Span, regions
 from hvd_compress.wire import WireError
 
 from .drive import bits, random
+from .in_pieces import (
+    SHAPES,
+    check_that_a_checkpoint_goes_on,
+    check_that_all_get_the_same,
+    check_that_order_and_absence_do_not_matter,
+    check_that_what_is_not_finite_changes_nothing,
+    check_that_what_is_owed_follows_the_loss_scale,
+    gradients,
+    mean,
+)
 
-SHAPES = {"a": (40, 50), "b": (300, 70), "tiny": (3, 2), "d": (1000, 100)}
 SIZES = (2, 3, 8, 33)
 METHODS = {
     "bf16": lambda named, **options: Compression.bf16(named, **options),
@@ -31,20 +40,13 @@ METHODS = {
 SPARSE = ("topk", "dgc", "topk_4")
 method = pytest.mark.parametrize("method", METHODS)
 sizes = pytest.mark.parametrize("size", SIZES)
+LARGEST_ERRORS = {"bf16": 0.01, "qsgd": 0.5}  # of one step; the others are far from the mean then
 
 
 def ranks_of(method: str, size: int, **options) -> LocalRanks:
     named = [(name, torch.zeros(shape)) for name, shape in SHAPES.items()]
     options = {"topology": "scatter", "min_numel": 1, "bucket_bytes": 100_000} | options
     return LocalRanks([METHODS[method](named, **options) for _ in range(size)])
-
-
-def gradients(size: int, step: int = 0) -> list[dict[str, torch.Tensor]]:
-    return [{name: random(*shape, seed=100 * step + r) for name, shape in SHAPES.items()} for r in range(size)]
-
-
-def mean(of_ranks: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
-    return torch.stack([mine[name].double() for mine in of_ranks]).mean(0)
 
 
 @pytest.mark.parametrize("alignment", [1, 128, 512])
@@ -81,17 +83,7 @@ def test_an_owner_stays_one_when_other_gradients_are_not_there():
 @method
 @sizes
 def test_all_ranks_get_the_same_bits_near_the_mean(method, size):
-    ranks = ranks_of(method, size)
-    for step in range(2):
-        known = gradients(size, step)
-        results = ranks.exchange(known)
-        for name, shape in SHAPES.items():
-            assert all(bits(result[name]) == bits(results[0][name]) for result in results)
-            assert results[0][name].shape == shape
-    if method in ("bf16", "qsgd"):  # the others are far from it in a single step
-        for name in SHAPES:
-            error = (results[0][name] - mean(known, name)).norm() / mean(known, name).norm()
-            assert error < {"bf16": 0.01, "qsgd": 0.5}[method]
+    check_that_all_get_the_same(ranks_of(method, size), LARGEST_ERRORS.get(method))
 
 
 @sizes
@@ -183,22 +175,7 @@ def test_the_threshold_is_that_of_all_ranks_together():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 99_999])
 def test_a_gradient_that_is_not_finite_shows_on_all_ranks_and_changes_nothing(method, value, place):
-    ranks, twins = ranks_of(method, 3), ranks_of(method, 3)
-    for together in (ranks, twins):
-        together.exchange(gradients(3))
-    spoilt = gradients(3, 1)
-    spoilt[1]["d"].view(-1)[place] = value
-    results = ranks.exchange(spoilt)
-    assert not any(bool(result["d"].isfinite().any()) for result in results)
-    assert all(bool(result[name].isfinite().all()) for result in results for name in ("a", "b", "tiny"))
-    twins.exchange(gradients(3, 1))
-    for together in (ranks, twins):
-        for compression in together.compressions:
-            compression.discard()
-    states = [[c.state_dict()["residuals"] for c in together.compressions] for together in (ranks, twins)]
-    assert repr(states[0]) == repr(states[1])
-    results, expected = ranks.exchange(gradients(3, 2))[0], twins.exchange(gradients(3, 2))[0]
-    assert all(bits(results[name]) == bits(expected[name]) for name in SHAPES)
+    check_that_what_is_not_finite_changes_nothing(lambda: ranks_of(method, 3), value, place)
 
 
 @pytest.mark.parametrize("method", ["bf16", "topk", "dgc"])
@@ -213,41 +190,18 @@ def test_a_sum_that_overflows_shows_on_all_ranks(method):
 
 @method
 def test_gradients_may_be_handed_in_in_any_order_or_not_at_all(method):
-    ranks, twins = ranks_of(method, 3), ranks_of(method, 3)
-    for step in range(3):
-        known = [{name: mine[name] for name in list(SHAPES)[step != 1 :]} for mine in gradients(3, step)]
-        shuffled = [dict(list(mine.items())[:: (-1) ** rank]) for rank, mine in enumerate(known)]
-        one, other = twins.exchange(known)[0], ranks.exchange(shuffled)[0]
-        assert one.keys() == other.keys()
-        assert all(bits(one[name]) == bits(other[name]) for name in one)
+    check_that_order_and_absence_do_not_matter(lambda: ranks_of(method, 3))
 
 
 @pytest.mark.parametrize("method", SPARSE)
 def test_what_owners_owe_is_in_the_unit_of_the_loss_scale(method):
-    plain, scaled = ranks_of(method, 3), ranks_of(method, 3)
-    for step in range(4):
-        scale = 2.0 ** (10 + step)
-        for compression in scaled.compressions:
-            compression.loss_scale = scale
-        expected = plain.exchange(gradients(3, step))[0]
-        found = scaled.exchange([{n: g * scale for n, g in mine.items()} for mine in gradients(3, step)])[0]
-        for name in SHAPES:
-            assert torch.equal(found[name] / scale, expected[name])
+    check_that_what_is_owed_follows_the_loss_scale(lambda: ranks_of(method, 3))
 
 
 @pytest.mark.parametrize("method", SPARSE)
 def test_a_checkpoint_goes_on_to_the_bit(method):
-    ranks = ranks_of(method, 3)
-    for step in range(3):
-        ranks.exchange(gradients(3, step))
-    states = [compression.state_dict() for compression in ranks.compressions]
-    assert any(owner(name)[1] == OWNED for name in states[0]["residuals"][0])
-    resumed = ranks_of(method, 3)
-    for compression, state in zip(resumed.compressions, states):
-        compression.load_state_dict(state)
-    for step in range(3, 6):
-        one, other = ranks.exchange(gradients(3, step))[0], resumed.exchange(gradients(3, step))[0]
-        assert all(bits(one[name]) == bits(other[name]) for name in SHAPES)
+    residuals = check_that_a_checkpoint_goes_on(lambda: ranks_of(method, 3))
+    assert any(owner(name)[1] == OWNED for name in residuals[0])
 
 
 @pytest.mark.parametrize("method", SPARSE)
