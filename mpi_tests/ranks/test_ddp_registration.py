@@ -10,6 +10,7 @@ from .job import Job
 from .replicated import adamw, everything, hooked, loss, mlp, tenth, train
 from .training import assert_close, assert_replicated, copy
 
+# DistributedDataParallel refuses a hook whose annotations are strings, hence no `from __future__ import annotations`.
 pytestmark = pytest.mark.usefixtures("torch_job")
 
 
