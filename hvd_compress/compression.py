@@ -24,6 +24,7 @@ from .compressors import (
     TernGradCompressor,
     TopKCompressor,
 )
+from .environment import is_off
 from .gradient_compression import GradientCompression
 from .schedules import ExponentialWarmup, Rate
 
@@ -38,6 +39,8 @@ def _adapted(
 ) -> GradientCompression:
     if not isinstance(base, GradientCompression) or not base.bound:
         raise ValueError(f"base must be a compression with its parameters, as Compression.topk(...) gives: {base!r}")
+    if is_off():
+        return base
     return base.adapt(Planner(policy, options) if plan is None else Replay(plan, policy))
 
 

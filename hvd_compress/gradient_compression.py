@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import fingerprint
+from . import environment, fingerprint
 from .adaptive import Controller
 from .agreement import BYTES, agree, mismatch
 from .binding import Binding, NamedParameters, calling_optimizer, parameters_of_optimizer
@@ -97,6 +97,9 @@ class GradientCompression(Session):
             raise ValueError(f"min_numel must not be negative: {min_numel}")
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes must be at least 1: {bucket_bytes}")
+        if environment.is_off():
+            warn_once(f"{environment.OFF} is set: compression is switched off, gradients travel as they are")
+            compressor, topology, ranks_per_node = compressor.switched_off(NONE), AUTO, None
         super().__init__(compressor, bucket_bytes, topology, ranks_per_node)
         self.min_numel = min_numel
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)

@@ -102,6 +102,8 @@ def _lines(everyone: Sequence[Facts], links: Sequence[Link], problems: Sequence[
     first = everyone[0]
     yield f"hvd_compress {first['hvd_compress']}, Python {first['python']}, {first['system']}"
     yield f"torch {first['torch']}, numpy {first['numpy']}; {_listed(first['gpus']) or 'no GPUs'}"
+    if first["variables"]:
+        yield ", ".join(f"{name}={value}" for name, value in first["variables"].items())
     yield f"kernels: {_of(first['kernels'], _kernels)}"
     yield f"Horovod: {_of(first['horovod'], _horovod)}"
     yield f"MPI: {_of(first['mpi'], _mpi)}"

@@ -16,6 +16,7 @@ import torch
 
 from .. import kernels
 from ..compression import Compression
+from ..environment import VARIABLES
 from ..kernels import native
 from ..local import LocalRanks
 from ..version import __version__
@@ -35,6 +36,7 @@ def facts_of_this_process(launcher: str | None) -> Facts:
         "torch": torch.__version__,
         "numpy": importlib.import_module("numpy").__version__,
         "system": platform.platform(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "host": socket.gethostname(),
         "launcher": launcher,
         "cores": len(os.sched_getaffinity(0)),

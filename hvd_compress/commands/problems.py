@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..environment import OFF, is_off
 from .facts import Facts
 
 _SAME = ("hvd_compress", "torch", "numpy", "python")
@@ -24,6 +25,8 @@ def problems_of(everyone: Sequence[Facts]) -> list[str]:
 
 def _of_one(facts: Facts) -> Iterator[str]:
     yield from _of_kernels(facts["kernels"])
+    if is_off(facts["variables"]):
+        yield f"{OFF} is set, and nothing is compressed. Remedy: unset it"
     for name in ("horovod", "mpi", "torch.distributed", "gpus", "exchange"):
         if error := _error(facts[name]):
             yield f"{name} is there and does not work ({error}). {_REPAIR[name]}"

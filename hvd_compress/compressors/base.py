@@ -90,6 +90,10 @@ class Compressor(abc.ABC):
         """What is wrong with exchanging gradients for this optimizer so, and the remedy; None if nothing is."""
         return None
 
+    def switched_off(self, plain: Compressor) -> Compressor:
+        """What takes its place where nothing is to be compressed; `plain` sends gradients as they are."""
+        return plain
+
     @abc.abstractmethod
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         """Exchange `gradient`, of any floating dtype and shape, which stays as it is; see requests.Exchange."""

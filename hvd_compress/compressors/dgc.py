@@ -5,6 +5,7 @@ Momentum runs here, before what is small is held back, *instead of* in the optim
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +17,7 @@ from .. import kernels, wire
 from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, key
 from ..requests import Allreduce, Exchange
 from ..schedules import Rate, density_at, entries_of
-from .base import Common, Slot, flat32, frame_room, max_abs
+from .base import Common, Compressor, Slot, flat32, frame_room, max_abs
 from .entries import EntriesCodec
 from .footprint import Sent
 
@@ -80,6 +81,10 @@ class DGCCompressor(EntriesCodec):
             return None
         self._propose(slot, velocity, torch.zeros_like(step))
         return total
+
+    def switched_off(self, plain: Compressor) -> Compressor:
+        """The momentum stays, which the optimizer does not have."""
+        return dataclasses.replace(self, density=1.0)
 
     def selected(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         density = self.density_of(slot)

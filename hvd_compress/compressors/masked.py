@@ -6,6 +6,7 @@ All ranks know the masks, so that no index is sent, and what is sent can be adde
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -72,6 +73,10 @@ class MaskedCompressor(Compressor):
                 f"dense={self.dense} must be a compressor without masks and without momentum of its own, which would "
                 "stop under a mask"
             )
+
+    def switched_off(self, plain: Compressor) -> Compressor:
+        """What is kept travels as it is already."""
+        return dataclasses.replace(self, dense=self.dense.switched_off(plain))
 
     @property
     def stateful(self) -> bool:  # type: ignore[override]

@@ -41,6 +41,7 @@ LAYERS = [
     {"messages"},
     {"wire", "memory", "requests", "telemetry", "schedules"},
     {"kernels"},
+    {"environment"},
     {"version", "log", "calls"},
 ]
 # Who may reach for the other side of a layer.

@@ -1,0 +1,37 @@
+"""What an operator may set without touching the script, in the environment of every rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+from .log import log
+
+VARIABLES = "HVD_COMPRESS_"  # what all of them begin with
+OFF, LOG = f"{VARIABLES}OFF", f"{VARIABLES}LOG"
+
+_YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def is_off(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether nothing is to be compressed. Raises ValueError for a value that says neither."""
+    value = environment.get(OFF, "").lower()
+    if value not in (*_YES, *_NO):
+        raise ValueError(f"{OFF} must be one of {', '.join(filter(None, (*_YES, *_NO)))}: {value!r}")
+    return value in _YES
+
+
+def set_log_level() -> None:
+    """As the environment asks, if it does. Raises ValueError for what is no level."""
+    level = os.environ.get(LOG, "").lower()
+    if not level:
+        return
+    if level not in _LEVELS:
+        raise ValueError(f"{LOG} must be one of {', '.join(_LEVELS)}: {level!r}")
+    log.setLevel(level.upper())
+    if not logging.getLogger().hasHandlers() and log.level < logging.WARNING:
+        handler = logging.StreamHandler()  # what Python has for programs without logging shows warnings alone
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        log.addHandler(handler)
