@@ -21,7 +21,8 @@ from .summary import summarize, summarize_runs
 
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py", "torch")
 _PARTS = ("unit", "ranks", "jobs")
-_LANES = 2  # of parts that run beside each other
+# Parts that run beside each other, by what they are: processes, jobs of two ranks or of four, tests that start jobs.
+_LANES = {"processes": 2, "pairs": 3, "fours": 2, "jobs": 2}
 # Of the tests that start jobs; the other half take about as long, and most have time limits.
 _JOBS_WITHOUT_LIMITS = ("test_benchmarks", "test_ddp", "test_documents", "test_elastic", "test_runner", "test_wheel")
 
@@ -32,10 +33,11 @@ def _pytest(paths: Sequence[str], arguments: list[str]) -> list[str]:
 
 def _unit(arguments: list[str]) -> Iterator[Part]:
     """Every second test in each; conftest.py takes its share."""
-    for number in range(1, _LANES + 1):
-        share = {"HVD_COMPRESS_TEST_SHARE": f"{number}/{_LANES}"}
+    shares = _LANES["processes"]
+    for number in range(1, shares + 1):
+        share = {"HVD_COMPRESS_TEST_SHARE": f"{number}/{shares}"}
         command = [sys.executable, *_pytest(["mpi_tests/unit"], ["-p", "no:cacheprovider", *arguments])]
-        yield Part(f"unit, {number} of {_LANES}", command, share, beside="processes")
+        yield Part(f"unit, {number} of {shares}", command, share, beside="processes")
 
 
 def _ranks(backend: str, size: int, arguments: list[str], **environment: str) -> Part:
@@ -61,7 +63,7 @@ def _ranks(backend: str, size: int, arguments: list[str], **environment: str) ->
         f"ranks: {backend}, {size}{extra}",
         [*launcher, *_pytest(["mpi_tests/ranks"], [*options, *arguments])],
         {"HVD_COMPRESS_BACKEND": backend, **environment},
-        beside={1: "processes", 2: "pairs"}.get(size, ""),  # pairs wait much for each other
+        beside={1: "processes", 2: "pairs", 4: "fours"}.get(size, ""),  # ranks wait much for each other
     )
 
 
@@ -114,7 +116,7 @@ def _run_beside(parts: Sequence[Part]) -> None:
                 return
             part.run(f"{part.name}| ", stop)
 
-    lanes = [threading.Thread(target=work) for _ in range(_LANES)]
+    lanes = [threading.Thread(target=work) for _ in range(_LANES[parts[0].beside])]
     for lane in lanes:
         lane.start()
     try:

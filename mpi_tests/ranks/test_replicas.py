@@ -31,6 +31,7 @@ MAKE: dict[str, MakeCompression] = {
     "qsgd": lambda named: Compression.qsgd(named, topology="scatter", min_numel=1),
     "scattered": lambda named: Compression.topk(named, density=0.1, topology="scatter", min_numel=1),
     "topk": lambda named: Compression.topk(named, density=0.1, min_numel=1),
+    "narrow": lambda named: Compression.topk(named, density=0.1, value_bits=4, topology="scatter", min_numel=1),
     "stochastic_pruning": lambda named: Compression.stochastic_pruning(named, min_numel=1),
     "powersgd": lambda named: Compression.powersgd(named, approximation_rank=1, min_numel=1),
     "scalecom": lambda named: Compression.scalecom(named, density=0.1, min_numel=1),

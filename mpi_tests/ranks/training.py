@@ -29,7 +29,6 @@ COMPRESSIONS: dict[str, MakeCompression] = {
     "qsgd": lambda named: Compression.qsgd(named, topology="scatter", **OPTIONS),
     "adacomp": lambda named: Compression.adacomp(named, **OPTIONS),
     "scattered": lambda named: Compression.topk(named, density=0.1, topology="scatter", **OPTIONS),
-    "narrow": lambda named: Compression.topk(named, density=0.1, value_bits=4, topology="scatter", **OPTIONS),
     "topk": lambda named: Compression.topk(named, density=0.1, **OPTIONS),
     "stochastic_pruning": lambda named: Compression.stochastic_pruning(named, rate=0.8, **OPTIONS),
     "powersgd": lambda named: Compression.powersgd(named, approximation_rank=1, **OPTIONS),
@@ -39,7 +38,7 @@ COMPRESSIONS: dict[str, MakeCompression] = {
 # Added in rank order by every rank: the same bits everywhere.
 IN_FRAMES = ("bf16", "terngrad", "qsgd", "adacomp", "scattered", "narrow", "topk", "stochastic_pruning")
 IN_SUMS = ("powersgd", "scalecom", "dgc")  # of several rounds, with residuals and more; added up by the backend
-WITH_RESIDUALS = ("adacomp", "scattered", "narrow", "topk")
+WITH_RESIDUALS = ("adacomp", "scattered", "topk")
 
 SHAPES = {"a": (30, 20), "b": (8, 4, 3, 3), "c": (40, 10)}
 
