@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -43,7 +44,11 @@ def launcher_of(environment: Mapping[str, str]) -> str | None:
 
 
 def run(options: argparse.Namespace) -> int:
-    _end_if_it_hangs()
+    with _ended_if_it_hangs():
+        return _looked_at(options)
+
+
+def _looked_at(options: argparse.Namespace) -> int:
     launcher = launcher_of(os.environ)
     mine = facts_of_this_process(launcher)
     everyone, links, rank = [mine], [], 0
@@ -88,7 +93,8 @@ def _connected(launcher: str | None, mine: Facts) -> Transport | None:
     return None
 
 
-def _end_if_it_hangs() -> None:
+@contextlib.contextmanager
+def _ended_if_it_hangs() -> Iterator[None]:
     def end() -> None:
         print(f"hvd-compress doctor: some rank has not answered for {_LIMIT_SECONDS} s", file=sys.stderr, flush=True)
         os._exit(1)
@@ -96,6 +102,10 @@ def _end_if_it_hangs() -> None:
     timer = threading.Timer(_LIMIT_SECONDS, end)
     timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _lines(everyone: Sequence[Facts], links: Sequence[Link], problems: Sequence[str]) -> Iterator[str]:

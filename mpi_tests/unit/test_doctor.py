@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -174,6 +175,12 @@ def test_it_tells_all_as_text_and_as_json(capsys):
     assert len(found["ranks"]) == 1
     assert found["ranks"][0]["exchange"]["seconds"].keys() == {"topk", "qsgd"}
     assert bool(found["problems"]) == bool(code)
+
+
+def test_nothing_waits_to_end_the_process_afterwards(capsys):
+    main(["doctor"])
+    capsys.readouterr()
+    assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer) and not t.finished.is_set()]
 
 
 def test_importing_the_package_does_not_import_the_command_line():

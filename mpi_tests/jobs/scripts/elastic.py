@@ -70,9 +70,9 @@ def train(state):
         before = residuals()
         model(batch).pow(2).mean().backward()
         optimizer.synchronize()
-        good = everything_is_sent_or_kept(before, residuals())
         with optimizer.skip_synchronize():
             optimizer.step()
+        good = everything_is_sent_or_kept(before, residuals())
         state.step += 1
         say("step", "sound" if good else "unsound")
         time.sleep(0.1)
