@@ -36,7 +36,7 @@ COMPRESSIONS: dict[str, MakeCompression] = {
     "dgc": lambda named: Compression.dgc(named, density=0.1, momentum=0.5, **OPTIONS),
 }
 # Added in rank order by every rank: the same bits everywhere.
-IN_FRAMES = ("bf16", "terngrad", "qsgd", "adacomp", "scattered", "narrow", "topk", "stochastic_pruning")
+IN_FRAMES = ("bf16", "terngrad", "qsgd", "adacomp", "scattered", "topk", "stochastic_pruning")
 IN_SUMS = ("powersgd", "scalecom", "dgc")  # of several rounds, with residuals and more; added up by the backend
 WITH_RESIDUALS = ("adacomp", "scattered", "topk")
 
