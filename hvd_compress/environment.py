@@ -24,12 +24,13 @@ def is_off(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def set_log_level() -> None:
-    """As the environment asks, if it does. Raises ValueError for what is no level."""
+    """As the environment asks, if it does. What is no level is said, and changes nothing: no job is to end for it."""
     level = os.environ.get(LOG, "").lower()
     if not level:
         return
     if level not in _LEVELS:
-        raise ValueError(f"{LOG} must be one of {', '.join(_LEVELS)}: {level!r}")
+        log.warning("%s must be one of %s: %r is not, and changes nothing", LOG, ", ".join(_LEVELS), level)
+        return
     log.setLevel(level.upper())
     if not logging.getLogger().hasHandlers() and log.level < logging.WARNING:
         handler = logging.StreamHandler()  # what Python has for programs without logging shows warnings alone

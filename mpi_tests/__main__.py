@@ -22,9 +22,12 @@ from .summary import summarize, summarize_runs
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py", "torch")
 _PARTS = ("unit", "ranks", "jobs")
 # Parts that run beside each other, by what they are: processes, jobs of two ranks or of four, tests that start jobs.
-_LANES = {"processes": 2, "pairs": 3, "fours": 2, "jobs": 2}
-# Of the tests that start jobs; the other half take about as long, and most have time limits.
-_JOBS_WITHOUT_LIMITS = ("test_benchmarks", "test_ddp", "test_documents", "test_elastic", "test_runner", "test_wheel")
+_LANES = {"processes": 2, "pairs": 3, "fours": 3, "jobs": 3}
+# Of the tests that start jobs; all others are a third part, which takes longest.
+_JOBS = (
+    ("test_benchmarks", "test_ddp", "test_documents"),
+    ("test_doctor", "test_elastic", "test_runner", "test_wheel"),
+)
 
 
 def _pytest(paths: Sequence[str], arguments: list[str]) -> list[str]:
@@ -68,12 +71,12 @@ def _ranks(backend: str, size: int, arguments: list[str], **environment: str) ->
 
 
 def _jobs(arguments: list[str]) -> Iterator[Part]:
-    """Tests that start jobs of their own, and mostly wait for them, in two halves of about the same length."""
-    names = sorted(path.stem for path in (ROOT / "mpi_tests" / "jobs").glob("test_*.py"))
-    halves = [[name for name in names if (name in _JOBS_WITHOUT_LIMITS) == without] for without in (True, False)]
-    for number, half in enumerate(halves, start=1):
-        paths = [f"mpi_tests/jobs/{name}.py" for name in half]
-        yield Part(f"jobs, {number} of 2", [sys.executable, *_pytest(paths, arguments)], beside="jobs")
+    """Tests that start jobs of their own, and mostly wait for them."""
+    names = {path.stem for path in (ROOT / "mpi_tests" / "jobs").glob("test_*.py")}
+    parts = [sorted(names.difference(*_JOBS)), *_JOBS]
+    for number, part in enumerate(parts, start=1):
+        paths = [f"mpi_tests/jobs/{name}.py" for name in part]
+        yield Part(f"jobs, {number} of {len(parts)}", [sys.executable, *_pytest(paths, arguments)], beside="jobs")
 
 
 def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:

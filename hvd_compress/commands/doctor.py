@@ -43,6 +43,12 @@ def launcher_of(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def _rank_of(environment: Mapping[str, str]) -> int:
+    """As the launcher tells it, before ranks have reached each other; 0 for one process."""
+    names = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "RANK")
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 0)
+
+
 def run(options: argparse.Namespace) -> int:
     with _ended_if_it_hangs():
         return _looked_at(options)
@@ -51,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 def _looked_at(options: argparse.Namespace) -> int:
     launcher = launcher_of(os.environ)
     mine = facts_of_this_process(launcher)
-    everyone, links, rank = [mine], [], 0
+    everyone, links, rank = [mine], [], _rank_of(os.environ)
     try:
         transport = _connected(launcher, mine)
         if transport is not None:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..environment import OFF, is_off
+from ..environment import OFF, VARIABLES, is_off
+from ..kernels.native import VARIABLE
 from .facts import Facts
 
 _SAME = ("hvd_compress", "torch", "numpy", "python")
@@ -25,10 +26,14 @@ def problems_of(everyone: Sequence[Facts]) -> list[str]:
 
 def _of_one(facts: Facts) -> Iterator[str]:
     yield from _of_kernels(facts["kernels"])
-    if is_off(facts["variables"]):
-        yield f"{OFF} is set, and nothing is compressed. Remedy: unset it"
+    try:
+        if is_off(facts["variables"]):
+            yield f"{OFF} is set, and nothing is compressed. Remedy: unset it"
+    except ValueError as error:
+        yield f"{error}. Remedy: correct the variable"
     for name in ("horovod", "mpi", "torch.distributed", "gpus", "exchange"):
-        if error := _error(facts[name]):
+        error = _error(facts[name])
+        if error and VARIABLES not in error:  # those are told by themselves
             yield f"{name} is there and does not work ({error}). {_REPAIR[name]}"
     there = [name for name in _BACK_ENDS if facts[name] and not _error(facts[name])]
     if not there:
@@ -55,7 +60,8 @@ def _of_one(facts: Facts) -> Iterator[str]:
 
 def _of_kernels(kernels: Any) -> Iterator[str]:
     if error := _error(kernels):
-        yield f"the kernels cannot be loaded ({error}). Remedy: install hvd_compress again on this machine"
+        remedy = "correct the variable" if VARIABLE in error else "install hvd_compress again on this machine"
+        yield f"the kernels cannot be loaded ({error}). Remedy: {remedy}"
     elif kernels["in_use"] == "torch" and kernels["asked"] == "torch":
         yield (
             "HVD_COMPRESS_KERNELS=torch chooses torch operations, ten and more times slower than the kernels. Remedy: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,8 @@ BAD = [
     ({"horovod": {"error": "ImportError: x"}}, "horovod is there and does not work.*Remedy: build it against"),
     ({"horovod__mpi": False, "horovod__gloo": False}, "neither MPI nor Gloo.*HOROVOD_WITH_GLOO=1"),
     ({"variables": {"HVD_COMPRESS_OFF": "1"}}, "HVD_COMPRESS_OFF is set.*Remedy: unset it"),
+    ({"variables": {"HVD_COMPRESS_OFF": "maybe"}}, "HVD_COMPRESS_OFF must be one of.*Remedy: correct the variable"),
+    ({"kernels": {"error": "ValueError: HVD_COMPRESS_KERNELS must be plain"}}, "Remedy: correct the variable"),
     ({"gpus": ["A100"]}, "without NCCL.*HOROVOD_GPU_OPERATIONS=NCCL"),
     ({"mpi": {"error": "RuntimeError: cannot load MPI library"}}, "mpi is there.*Remedy: install an MPI library"),
     ({"mpi__threads": "serialized"}, "thread level serialized.*not during backward.*Remedy: an MPI with"),
@@ -114,6 +117,27 @@ def test_more_ranks_or_threads_than_cores_are_named_with_the_host():
 )
 def test_launchers_are_told_by_what_they_set(environment, launcher):
     assert launcher_of(environment) == launcher
+
+
+@pytest.mark.parametrize(("name", "value"), [("HVD_COMPRESS_OFF", "maybe"), ("HVD_COMPRESS_KERNELS", "fast")])
+def test_a_variable_with_a_wrong_value_is_one_problem(name, value):
+    command = [sys.executable, "-W", "ignore", "-m", "hvd_compress", "doctor", "--json"]
+    done = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert name in problem
+    assert problem.endswith("Remedy: correct the variable")
+
+
+def test_a_rank_that_reaches_nobody_says_nothing_unless_it_is_the_first():
+    command = [sys.executable, "-W", "ignore", "-m", "hvd_compress", "doctor"]
+    alone = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}  # and no address of the others
+    for rank, told in (("0", True), ("1", False)):
+        done = subprocess.run(command, env={**os.environ, **alone, "RANK": rank}, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert ("ranks started by torchrun cannot reach each other" in done.stdout) == told
+        assert bool(done.stdout) == told
 
 
 def test_all_pairs_of_few_ranks_are_measured_and_a_ring_of_many():
