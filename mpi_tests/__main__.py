@@ -22,7 +22,7 @@ from .summary import summarize, summarize_runs
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py", "torch")
 _PARTS = ("unit", "ranks", "jobs")
 # Parts that run beside each other, by what they are: processes, jobs of two ranks or of four, tests that start jobs.
-_LANES = {"processes": 2, "pairs": 3, "fours": 3, "jobs": 3}
+_LANES = {"processes": 2, "pairs": 3, "fours": 2, "jobs": 2}
 # Of the tests that start jobs; all others are a third part, which takes longest.
 _JOBS = (
     ("test_benchmarks", "test_ddp", "test_documents"),
