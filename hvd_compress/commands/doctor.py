@@ -15,7 +15,7 @@ from typing import Any
 from ..transports.base import Transport
 from .facts import Facts, facts_of_this_process
 from .links import Link, measure
-from .problems import named_ranks, problems_of
+from .problems import cores_of, named_ranks, problems_of
 
 _LIMIT_SECONDS = 120
 _SHOWN_LINKS = 10
@@ -132,7 +132,7 @@ def _lines(everyone: Sequence[Facts], links: Sequence[Link], problems: Sequence[
     yield f"{_counted(len(everyone), 'rank')}{by}"
     for host, ranks in hosts.items():
         of_host = everyone[ranks[0]]
-        cores, threads = _counted(of_host["cores"], "core"), _counted(of_host["threads"], "thread")
+        cores, threads = _counted(cores_of(host, everyone), "core"), _counted(of_host["threads"], "thread")
         yield f"  {host}: {named_ranks(ranks)} on {cores}, of {threads} each"
     yield from _of_links(links)
     yield "" if problems else "nothing needs a remedy"

@@ -39,7 +39,7 @@ def facts_of_this_process(launcher: str | None) -> Facts:
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "host": socket.gethostname(),
         "launcher": launcher,
-        "cores": len(os.sched_getaffinity(0)),
+        "cpus": sorted(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "gpus": _tried(_gpus),
         "kernels": _tried(_kernels),

@@ -85,16 +85,22 @@ def _between(everyone: Sequence[Facts]) -> Iterator[str]:
     on_host = Counter(facts["host"] for facts in everyone)
     for host, count in on_host.items():
         first = next(facts for facts in everyone if facts["host"] == host)
-        if count > first["cores"]:
+        cores = cores_of(host, everyone)
+        if count > cores:
             yield (
-                f"{count} ranks share {first['cores']} cores on {host}: they wait for each other's turn. Remedy: at "
+                f"{count} ranks share {cores} cores on {host}: they wait for each other's turn. Remedy: at "
                 "most one rank a core"
             )
-        elif count * first["threads"] > first["cores"] and count > 1:
+        elif count * first["threads"] > cores and count > 1:
             yield (
-                f"{count} ranks of {first['threads']} threads each share {first['cores']} cores on {host}. Remedy: "
-                f"OMP_NUM_THREADS={max(1, first['cores'] // count)}"
+                f"{count} ranks of {first['threads']} threads each share {cores} cores on {host}. Remedy: "
+                f"OMP_NUM_THREADS={max(1, cores // count)}"
             )
+
+
+def cores_of(host: str, everyone: Sequence[Facts]) -> int:
+    """That its ranks may run on: launchers bind each to some of them."""
+    return len({cpu for facts in everyone if facts["host"] == host for cpu in facts["cpus"]})
 
 
 def _error(found: Any) -> str | None:

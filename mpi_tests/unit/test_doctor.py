@@ -30,7 +30,7 @@ GOOD: Facts = {
     "variables": {},
     "host": "one",
     "launcher": "mpirun",
-    "cores": 4,
+    "cpus": [0, 1, 2, 3],
     "threads": 1,
     "gpus": [],
     "kernels": {"in_use": "avx2", "built": True, "asked": None, "compiler": "/usr/bin/c++"},
@@ -96,12 +96,18 @@ def test_what_differs_between_ranks_is_named_with_them():
 
 
 def test_more_ranks_or_threads_than_cores_are_named_with_the_host():
-    (text,) = problems_of([facts(cores=2)] * 3)
+    (text,) = problems_of([facts(cpus=[0, 1])] * 3)
     assert text.startswith("3 ranks share 2 cores on one")
     (text,) = problems_of([facts(threads=4)] * 2)
     assert text == "2 ranks of 4 threads each share 4 cores on one. Remedy: OMP_NUM_THREADS=2"
     assert problems_of([facts(threads=4)]) == []
-    assert problems_of([facts(cores=1), facts(cores=1, host="other")]) == []
+    assert problems_of([facts(cpus=[0]), facts(cpus=[0], host="other")]) == []
+
+
+def test_ranks_that_are_bound_to_cores_of_their_own_share_none():
+    assert problems_of([facts(cpus=[0]), facts(cpus=[1])]) == []
+    (text,) = problems_of([facts(cpus=[1]), facts(cpus=[1])])
+    assert text.startswith("2 ranks share 1 cores on one")
 
 
 @pytest.mark.parametrize(
