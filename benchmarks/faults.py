@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # the launcher is that of the tests
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from mpi_tests.jobs.launch import Ended, command_of, patience, start  # noqa: E402
+from mpi_tests.jobs.launch import Ended, command_of, start  # noqa: E402
 from report import write_rows  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
@@ -69,7 +69,7 @@ def run(name: str, backend: str, times: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as directory:
             worker = Path(__file__).with_name("faults_worker.py")
             command = command_of(backend, RANKS, worker, backend, name, str(times // jobs), directory)
-            limit = (30 + (25 + SECONDS) * times // jobs) * patience()
+            limit = 30 + (25 + SECONDS) * times // jobs
             ended = start(command).end(limit)
             endings += judged_job(fault, ended) if fault.ends_job else judged_times(fault, ended, directory, times)
     failures = [text for good, _, text in endings if not good]
@@ -87,7 +87,7 @@ def run(name: str, backend: str, times: int) -> dict[str, Any]:
 
 def in_time(seconds: float) -> bool:
     """In 10 s, or in as much longer as this machine has other work."""
-    return seconds < SECONDS * patience()
+    return seconds < SECONDS
 
 
 def judged_job(fault: Fault, ended: Ended) -> Iterator[tuple[bool, float, str]]:

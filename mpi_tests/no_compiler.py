@@ -15,7 +15,21 @@ from typing import Any
 _NAME = "torch._dynamo"
 
 
+class _Submodule:
+    """What torch.distributed asks of a submodule where nothing is compiled; for the rest, the real one."""
+
+    def __init__(self, name: str, **answers: Callable[[], Any]) -> None:
+        self._name = name
+        self.__dict__ |= answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"{_NAME}.{self._name}"), name)
+
+
 class _StandIn(types.ModuleType):
+    trace_rules = _Submodule("trace_rules", clear_lru_cache=lambda: None)
+    utils = _Submodule("utils", get_optimize_ddp_mode=lambda: "no_optimization")
+
     @staticmethod
     def disable(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
         return function

@@ -22,6 +22,7 @@ _POLL_SECONDS = 0.02
 _TAG = re.compile(rb"\[(?:[^\]\s]*,)?(\d+)\]<std(?:out|err)>: ?")  # Open MPI's and Horovod's
 _COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 _OVERWRITTEN = re.compile(rb".*\r(?!\n)")  # by a rank that takes mpirun's pseudo-terminal for one
+_FAILURE = re.compile(rb"^(?:FAILED|ERROR) +(\S.*)")  # of pytest's summary
 _CLOSING = re.compile(rb"^=*\s*((?:\d+ \w+(?:, )?)+) in [\d.]+s")  # pytest's last line
 _output = threading.Lock()
 
@@ -33,8 +34,9 @@ class Part:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    beside: str = ""  # parts with the same word run beside each other; none: alone
+    lane: str = ""  # parts of one lane run one after the other
     counts: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)  # tests with the first line of the error, in the order printed
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     ending: str = "did not run"
@@ -97,8 +99,11 @@ class Part:
             if tag[1] != b"0":
                 line = b"rank %s| %s" % (tag[1], line)
         line = _OVERWRITTEN.sub(b"", line)
+        plain = _COLOUR.sub(b"", line)
+        if failure := _FAILURE.match(plain.removeprefix(b"rank %s| " % tag[1]) if tag else plain):
+            self.failures.append(failure[1].decode(errors="replace").rstrip())
         # Only rank 0 ends with such a line.
-        if closing := _CLOSING.match(_COLOUR.sub(b"", line)):
+        if closing := _CLOSING.match(plain):
             found = re.findall(r"(\d+) (\w+)", closing[1].decode())
             self.counts = {"errors" if kind == "error" else kind: int(count) for count, kind in found}
         _write(prefix.encode() + line)

@@ -21,9 +21,9 @@ def summarize(parts: Sequence[Part], elapsed_seconds: float) -> None:
         table.add_row(part.name, *counts, f"{part.seconds:.1f}", f"{part.cpu_seconds:.1f}", _ending(part))
     _print(table)
     totals = {kind: sum(part.counts.get(kind, 0) for part in parts) for kind in _KINDS}
-    bad = [part.name for part in parts if not part.good]
-    if bad:
-        print(f"not ok: {'; '.join(bad)}")
+    bad = [part for part in parts if not part.good]
+    for part in bad:
+        print("\n    ".join([f"not ok: {part.name}", *part.failures]))
     counted = ", ".join(f"{count} {kind}" for kind, count in totals.items() if count) or "no tests ran"
     print(f"{counted} in {elapsed_seconds:.2f}s, {len(parts) - len(bad)} of {len(parts)} parts ok", flush=True)
 
@@ -40,7 +40,7 @@ def summarize_runs(runs: Sequence[Sequence[Part]], seconds: Sequence[float]) -> 
     for number, parts in enumerate(runs, 1):
         for part in parts:
             if not part.good:
-                print(f"run {number}: {part.name}: {part.ending}")
+                print("\n    ".join([f"run {number}: {part.name}: {part.ending}", *part.failures]))
     good = sum(all(part.good for part in parts) for parts in runs)
     print(f"{good} of {len(runs)} runs passed; the longest took {max(seconds):.0f} s", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 import re
@@ -31,6 +32,41 @@ _PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 _MARK = "HVD_COMPRESS_TESTS_JOB"  # in the environment of every process of a job
 _TAG = re.compile(r"\[(?:[^\]\s]*,)?(\d+)\]<std(?:out|err)>: ?")  # what mpirun and horovodrun begin lines with
 _LINGER_SECONDS = 5.0  # in which the ranks may end after their launcher did
+_POLL_SECONDS = 0.05
+_LEAST_SHARE = 0.25  # of a second that counts on the busiest machine: what spins for ever still comes to its limit
+
+
+class IdleClock:
+    """Seconds as an idle machine would need them: where more wants to run than there are cores, they count for less.
+
+    It goes on while `tick` is called, often: each looks at what wants to run just then.
+    """
+
+    def __init__(self) -> None:
+        self._ticks = [(time.time(), 0.0)]
+
+    @property
+    def seconds(self) -> float:
+        return self._ticks[-1][1]
+
+    @property
+    def elapsed(self) -> float:
+        """By the clock on the wall."""
+        return self._ticks[-1][0] - self._ticks[0][0]
+
+    def tick(self) -> float:
+        """The seconds until now."""
+        last, seconds = self._ticks[-1]
+        running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1  # all but this thread
+        share = min(1.0, (os.cpu_count() or 1) / max(running, 1))
+        now = time.time()
+        self._ticks.append((now, seconds + max(now - last, 0.0) * max(share, _LEAST_SHARE)))
+        return self.seconds
+
+    def at(self, moment: float) -> float:
+        """The seconds until `moment`, a time.time()."""
+        index = bisect.bisect(self._ticks, moment, key=lambda tick: tick[0])
+        return self._ticks[max(index - 1, 0)][1]
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,8 +75,7 @@ class Ended:
 
     code: int | None  # of the launcher; None: it was killed at the time limit
     output: str
-    seconds: float  # until all its processes were gone
-    ended: float  # time.time() of that
+    clock: IdleClock  # until all its processes were gone
     left_behind: list[str]  # command lines of processes that had to be killed after the launcher ended
 
     def of_rank(self, rank: int) -> str:
@@ -49,14 +84,18 @@ class Ended:
         return "\n".join(line[tag.end() :] for tag, line in tagged if tag and int(tag[1]) == rank)
 
     def seconds_of_training(self) -> float:
-        """From the moment at which the last rank said that it starts, by `backend.start`, to the end of the job."""
+        """From the moment at which the last rank said that it starts, by `backend.start`, to the end of the job.
+
+        Of an idle machine.
+        """
         started = [float(text) for text in re.findall(r"training starts at (\d+\.\d+)", self.output)]
         assert started, self
-        return self.ended - max(started)
+        return self.clock.seconds - self.clock.at(max(started))
 
     def __repr__(self) -> str:
         after = f"\nleft behind: {self.left_behind}" if self.left_behind else ""
-        return f"exit code {self.code} after {self.seconds:.1f} s{after}\n{self.output}"
+        seconds = f"{self.clock.elapsed:.1f} s, {self.clock.seconds:.1f} s of an idle machine"
+        return f"exit code {self.code} after {seconds}{after}\n{self.output}"
 
 
 class Job:
@@ -65,7 +104,7 @@ class Job:
     def __init__(self, command: Sequence[str], directory: Path, environment: Mapping[str, str]) -> None:
         self._mark = uuid.uuid4().hex
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # no pipe: an orphan would keep its end open
-        self._started = time.monotonic()
+        self._clock = IdleClock()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -80,29 +119,33 @@ class Job:
         return os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
 
     def await_output(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
-        """Wait until the output matches. Raises AssertionError if the job ends before, or takes too long."""
-        deadline = time.monotonic() + seconds
+        """Wait until the output matches, for so many seconds of an idle machine.
+
+        Raises AssertionError if the job ends before, or takes too long.
+        """
+        deadline = self._clock.tick() + seconds
         while not (found := re.search(pattern, self.output())):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self._process.poll() is not None or self._clock.tick() > deadline:
                 raise AssertionError(f"no {pattern!r} in the output of a job:\n{self.output()}")
-            time.sleep(0.05)
+            time.sleep(_POLL_SECONDS)
         return found
 
     def end(self, timeout_seconds: float) -> Ended:
-        """Wait for the end of all processes of the job; kill those that are late."""
-        code = None
+        """Wait for the end of all its processes, for so many seconds of an idle machine; kill those that are late."""
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout_seconds)
-            deadline = time.monotonic() + (0 if code is None else _LINGER_SECONDS)
-            while self._alive() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            seconds, ended, left_behind = time.monotonic() - self._started, time.time(), list(self._alive().values())
+            deadline = self._clock.tick() + timeout_seconds
+            while (code := self._process.poll()) is None and self._clock.tick() < deadline:
+                time.sleep(_POLL_SECONDS)
+            deadline = self._clock.tick() + (0 if code is None else _LINGER_SECONDS)
+            while self._alive() and self._clock.tick() < deadline:
+                time.sleep(_POLL_SECONDS)
+            self._clock.tick()
+            left_behind = list(self._alive().values())
         finally:
             self._kill()
         output = self.output()
         self._log.close()
-        return Ended(code, output, seconds, ended, left_behind)
+        return Ended(code, output, self._clock, left_behind)
 
     def _kill(self) -> None:
         while alive := self._alive():
@@ -110,7 +153,7 @@ class Job:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._process.poll()
-            time.sleep(0.05)
+            time.sleep(_POLL_SECONDS)
         self._process.wait()
 
     def _alive(self) -> dict[int, str]:
@@ -165,7 +208,7 @@ def command_of(launcher: str, ranks: int, program: Path, *arguments: str) -> lis
 
 def run_program(launcher: str, ranks: int, program: Path, *arguments: str, timeout_seconds: float, **env: str) -> Ended:
     """Run a Python program to its end."""
-    return start(command_of(launcher, ranks, program, *arguments), **env).end(timeout_seconds * patience())
+    return start(command_of(launcher, ranks, program, *arguments), **env).end(timeout_seconds)
 
 
 def run(launcher: str, ranks: int, script: str, *arguments: str, timeout_seconds: float = 30.0, **env: str) -> Ended:
@@ -177,11 +220,6 @@ def run(launcher: str, ranks: int, script: str, *arguments: str, timeout_seconds
 def no_control_codes(output: str) -> bool:
     """Whether it can be read in a file: no colours, no line that is written over another."""
     return "\x1b" not in output and "\r" not in output
-
-
-def patience() -> float:
-    """By how much longer than on an idle machine things may take here and now."""
-    return min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), 3.0)
 
 
 def _check_available(launcher: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .launch import ROOT, no_control_codes, patience, start
+from .launch import ROOT, no_control_codes, start
 
 BENCHMARKS = ROOT / "benchmarks"
 SECONDS = 120.0
@@ -37,7 +37,7 @@ needs_hosts = pytest.mark.skipif(emulation_is_missing(), reason="needs root and 
 def rows_of(script: str, out: Path, **environment: str) -> tuple[list[dict], str]:
     """The rows of a benchmark that is run to its end, and what it printed."""
     command = [sys.executable, "-W", "ignore", BENCHMARKS / script]
-    ended = start(command, OUT=str(out), **environment).end(SECONDS * patience())
+    ended = start(command, OUT=str(out), **environment).end(SECONDS)
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []
     assert no_control_codes(ended.output)
@@ -95,7 +95,7 @@ def test_a_network_benchmark_that_is_ended_removes_its_hosts(tmp_path):
     (pid,) = {name.split("-")[1] for name in namespaces() if is_of(job, int(name.split("-")[1]))}
     assert len(namespaces(int(pid))) == 2
     os.kill(int(pid), signal.SIGTERM)
-    ended = job.end(30 * patience())
+    ended = job.end(30)
     assert ended.code == 128 + signal.SIGTERM, str(ended)
     assert ended.left_behind == []
     assert namespaces(int(pid)) == []

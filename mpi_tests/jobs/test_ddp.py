@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from .launch import SCRIPTS, patience, run_program
+from .launch import SCRIPTS, run_program
 
 SECONDS = 10.0  # from the start of training until all processes are gone, on an idle machine
 
@@ -22,7 +22,7 @@ def test_a_rank_that_fails_or_ends_is_an_error_on_every_other(how, ranks):
     ended = run(how, ranks=ranks, PET_MONITOR_INTERVAL="3")
     assert ended.code, str(ended)
     assert ended.left_behind == []
-    assert ended.seconds_of_training() < SECONDS * patience(), str(ended)
+    assert ended.seconds_of_training() < SECONDS, str(ended)
     for rank in set(range(ranks)) - {1}:
         told = ended.of_rank(rank)
         assert told.count(f"RuntimeError: rank {rank} of {ranks} cannot exchange gradients any more: another rank") == 1
@@ -34,7 +34,7 @@ def test_ranks_that_differ_have_the_same_error_within_ten_seconds():
     ended = run("mismatch", ranks=3, PET_MONITOR_INTERVAL="3")
     assert ended.code, str(ended)
     assert ended.left_behind == []
-    assert ended.seconds_of_training() < SECONDS * patience(), str(ended)
+    assert ended.seconds_of_training() < SECONDS, str(ended)
     for rank in range(3):
         said = ended.of_rank(rank)
         assert said.count("MismatchError: the ranks disagree: density is 0.01 on rank 0 and 0.02 on rank 1") == 1, said

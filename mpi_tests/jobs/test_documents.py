@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .launch import ROOT, no_control_codes, patience, run_program, start
+from .launch import ROOT, no_control_codes, run_program, start
 
 EXAMPLES = [
     ("horovod-mpi", 2, "horovod_digits.py", "none,terngrad,adacomp,topk"),
@@ -63,7 +63,7 @@ def test_the_example_of_sparse_training_runs_and_sends_less_in_compressed_phases
 
 def test_the_example_of_one_process_runs():
     example = ROOT / "examples" / "activation_pruning.py"
-    ended = start([sys.executable, str(example), "--epochs", "1"]).end(90 * patience())
+    ended = start([sys.executable, str(example), "--epochs", "1"]).end(90)
     assert ended.code == 0, str(ended)
     assert no_control_codes(ended.output)
     assert "pruned gradients: test accuracy" in str(ended)
@@ -77,7 +77,7 @@ def test_documented_commands_run(block):
             continue  # they prepare a machine
         if command[0] == "make":
             command.insert(1, "-n")  # what it would run is run elsewhere, and takes minutes
-        ended = start(command).end(120 * patience())
+        ended = start(command).end(120)
         assert ended.code == 0, str(ended)
 
 
@@ -103,7 +103,7 @@ for block in sys.argv[1:]:
 def test_documented_code_parses_and_imports_what_it_uses_of_this_package():
     blocks = ["\n".join(statements) for block in fenced("python") if (statements := imports_of(block.values[0]))]
     assert blocks
-    ended = start([sys.executable, "-c", RUN_EACH, *blocks]).end(60 * patience())
+    ended = start([sys.executable, "-c", RUN_EACH, *blocks]).end(60)
     assert ended.code == 0, str(ended)
 
 

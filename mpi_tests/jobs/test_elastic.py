@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from .launch import SCRIPTS, command_of, patience, start
+from .launch import SCRIPTS, command_of, start
 
 STEPS = 4  # that are awaited with every number of workers
 
@@ -57,7 +57,7 @@ def await_steps(job, size, after=0):
     after: the size that it had before, to tell its first time at this size from a later one.
     """
     before = rf">: ?begin \d+ {after} .*" if after else ""
-    job.await_output(rf"(?s){before}(>: ?step \d+ {size} .*){{{STEPS * size}}}", 60 * patience())
+    job.await_output(rf"(?s){before}(>: ?step \d+ {size} .*){{{STEPS * size}}}", 60)
     return [line for line in said(job.output()) if line.what == "begin" and line.size == size]
 
 
@@ -86,7 +86,7 @@ def history(tmp_path_factory):
         await_steps(job, 2, after=3)
         (directory / "stop").touch()
     finally:
-        ended = job.end(30 * patience())
+        ended = job.end(30)
     return ended
 
 
@@ -143,7 +143,7 @@ def lonely(tmp_path_factory):
         await_steps(job, 2, after=1)
         (directory / "stop").touch()
     finally:
-        ended = job.end(30 * patience())
+        ended = job.end(30)
     return ended
 
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from .launch import SCRIPTS, command_of, patience, start
+from .launch import SCRIPTS, command_of, start
 
 SPARSITY = 0.9
 DENSE_BYTES = 5 * 4 * 1000 * 1000 * 4  # of 5 steps of four float32 matrices
@@ -27,7 +27,7 @@ def test_a_compressed_phase_moves_what_the_sparsity_leaves(launcher, kind):
     over_tcp = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "tcp,self", "OMPI_MCA_btl_tcp_if_include": "lo"}
     over_tcp["HOROVOD_CYCLE_TIME"] = "50"  # ms: its negotiation costs bytes by the time, not by the gradient
     command = command_of(launcher, 2, SCRIPTS / "masked_wire.py", kind)
-    ended = start([*namespace_with_loopback(), *command], **over_tcp).end(60 * patience())
+    ended = start([*namespace_with_loopback(), *command], **over_tcp).end(60)
     assert ended.code == 0, str(ended)
     found = re.findall(r"phase \d: carried (\d+), counted (\d+)", ended.of_rank(0))
     (dense, dense_counted), (compressed, compressed_counted) = [(int(a), int(b)) for a, b in found]

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_compress import Compression, ddp
+from mpi_tests import no_compiler
 
+no_compiler.install()
 torch.set_num_threads(1)
 how, *directory = sys.argv[1:]
 dist.init_process_group("gloo")
