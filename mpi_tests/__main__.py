@@ -41,7 +41,7 @@ def _unit(arguments: list[str]) -> Iterator[Part]:
     for number in range(1, _UNIT_SHARES + 1):
         share = {"HVD_COMPRESS_TEST_SHARE": f"{number}/{_UNIT_SHARES}"}
         command = [sys.executable, *_pytest(["mpi_tests/unit"], ["-p", "no:cacheprovider", *arguments])]
-        yield Part(f"unit, {number} of {_UNIT_SHARES}", command, share, lane="processes")
+        yield Part(f"unit, {number} of {_UNIT_SHARES}", command, share, lane="processes", expected_seconds=140)
 
 
 def _ranks(backend: str, size: int, arguments: list[str], **environment: str) -> Part:
@@ -68,6 +68,7 @@ def _ranks(backend: str, size: int, arguments: list[str], **environment: str) ->
         [*launcher, *_pytest(["mpi_tests/ranks"], [*options, *arguments])],
         {"HVD_COMPRESS_BACKEND": backend, **environment},
         lane="processes" if size == 1 else "ranks",
+        expected_seconds=20 + 30 * size,
     )
 
 
@@ -77,7 +78,8 @@ def _jobs(arguments: list[str]) -> Iterator[Part]:
     parts = [sorted(names.difference(*_JOBS)), *_JOBS]
     for number, part in enumerate(parts, start=1):
         paths = [f"mpi_tests/jobs/{name}.py" for name in part]
-        yield Part(f"jobs, {number} of {len(parts)}", [sys.executable, *_pytest(paths, arguments)], lane="jobs")
+        command = [sys.executable, *_pytest(paths, arguments)]
+        yield Part(f"jobs, {number} of {len(parts)}", command, lane="jobs", expected_seconds=200)
 
 
 def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
@@ -109,7 +111,9 @@ def _run(parts: Sequence[Part]) -> None:
     def take(lane: str) -> Part | None:
         """The next of this lane, or else of the lane that has most left."""
         with taking:
-            left = Counter(part.lane for part in waiting)
+            left = Counter[str]()
+            for part in waiting:
+                left[part.lane] += part.expected_seconds
             if not left:
                 return None
             lane = lane if left[lane] else left.most_common(1)[0][0]

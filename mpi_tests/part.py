@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.02
 _TAG = re.compile(rb"\[(?:[^\]\s]*,)?(\d+)\]<std(?:out|err)>: ?")  # Open MPI's and Horovod's
 _COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 _OVERWRITTEN = re.compile(rb".*\r(?!\n)")  # by a rank that takes mpirun's pseudo-terminal for one
-_FAILURE = re.compile(rb"^(?:FAILED|ERROR) +(\S.*)")  # of pytest's summary
+_FAILURE = re.compile(rb"^(?:FAILED|ERROR) +(\S.*)|^-* ?(rank .* failed in \w+) ?-*$")  # pytest's, and a rank's own
 _CLOSING = re.compile(rb"^=*\s*((?:\d+ \w+(?:, )?)+) in [\d.]+s")  # pytest's last line
 _output = threading.Lock()
 
@@ -35,6 +35,7 @@ class Part:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     lane: str = ""  # parts of one lane run one after the other
+    expected_seconds: float = 60.0  # about, by which lanes share what is left
     counts: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)  # tests with the first line of the error, in the order printed
     seconds: float = 0.0
@@ -101,7 +102,7 @@ class Part:
         line = _OVERWRITTEN.sub(b"", line)
         plain = _COLOUR.sub(b"", line)
         if failure := _FAILURE.match(plain.removeprefix(b"rank %s| " % tag[1]) if tag else plain):
-            self.failures.append(failure[1].decode(errors="replace").rstrip())
+            self.failures.append((failure[1] or failure[2]).decode(errors="replace").rstrip())
         # Only rank 0 ends with such a line.
         if closing := _CLOSING.match(plain):
             found = re.findall(r"(\d+) (\w+)", closing[1].decode())
@@ -156,6 +157,7 @@ def _environment() -> dict[str, str]:
     """For many ranks on few cores: defaults that the caller's own variables override."""
     defaults = {
         "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",  # for pytest to say of a failure what it was
         # Open MPI 5's names, then 4's.
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",

@@ -13,8 +13,8 @@ from .launch import ROOT, no_control_codes, run_program, start
 EXAMPLES = [
     ("horovod-mpi", 2, "horovod_digits.py", "none,terngrad,adacomp,topk"),
     ("horovod-gloo", 2, "horovod_char_lm.py", "topk"),
-    ("mpi4py", 2, "mpi_digits.py", "none,terngrad,adacomp,topk"),
-    ("mpirun", 1, "mpi_digits.py", "topk"),
+    ("mpi4py", 2, "mpi_digits.py", "none,topk"),
+    ("mpirun", 1, "mpi_digits.py", "adacomp"),
     ("torchrun", 2, "ddp_transformer.py", "topk"),
 ]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,7 +7,7 @@ from torch import nn
 from hvd_compress import Compression, MismatchError
 
 from .job import Job
-from .training import COMPRESSIONS, OPTIONS, assert_replicated, backward, gradients, parameters, sgd
+from .training import COMPRESSIONS, OPTIONS, assert_replicated, backward, digest, gradients, parameters, sgd
 
 REFUSED = [
     ("terngrad", {"clip_sigma": 0}),
@@ -32,9 +32,36 @@ def test_adasum_is_refused(horovod: Job) -> None:
     if job.backend == "horovod-gloo":
         pytest.skip("Horovod itself has no Adasum on Gloo")
     optimizer = job.distribute(sgd(of), of.items(), COMPRESSIONS["topk"](of.items()), op="adasum")
-    with pytest.raises(NotImplementedError, match=r"Adasum.*op=hvd.Average"):
+    with pytest.raises(NotImplementedError, match=r"op=hvd.Adasum.*use op=hvd.Average or op=hvd.Sum"):
         backward(of, gradients(of, job.rank, 0))
     del optimizer
+
+
+def test_a_process_set_that_only_compression_or_optimizer_has_is_refused(horovod: Job) -> None:
+    job = horovod
+    if job.size < 4:
+        pytest.skip("needs two sets of more than one rank")
+    mine = job.split([[0, 1], [2, 3]]).of_optimizer["process_set"]
+    for of_compression, of_optimizer in ((mine, None), (None, mine)):
+        of = parameters()
+        options = {"process_set": of_optimizer} if of_optimizer else {}
+        compression = Compression.topk(of.items(), process_set=of_compression, **OPTIONS)
+        with pytest.raises((RuntimeError, ValueError), match="process_set="):  # noqa: PT012
+            optimizer = job.distribute(sgd(of), of.items(), compression, **options)
+            for step in range(2):
+                optimizer.zero_grad()
+                backward(of, gradients(of, job.rank, step))
+                optimizer.step()
+        job.barrier()
+    of = parameters()
+    compression = Compression.topk(of.items(), process_set=mine, **OPTIONS)
+    optimizer = job.distribute(sgd(of), of.items(), compression, process_set=mine)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(of, gradients(of, job.rank, step))
+        optimizer.step()
+    first, second, third, fourth = job.allgather(digest(of))
+    assert first == second != third == fourth
 
 
 def test_sparse_as_dense_is_refused(horovod: Job) -> None:

@@ -21,7 +21,8 @@ from .training import (
     takes_part,
 )
 
-STEPS = [60, pytest.param(200, marks=pytest.mark.long)]
+STEPS = [15, pytest.param(200, marks=pytest.mark.long)]
+LEARNING_STEPS = 60  # by one back end, which shows that all learn: others give the same bits, or almost
 MAKE: dict[str, MakeCompression] = {
     "none": Compression.none,
     "fp16": Compression.fp16,
@@ -85,6 +86,8 @@ def train_simulated(
 def test_replicas_learn_stay_equal_and_match_the_simulation(
     job: Job, alive: Callable[[], None], kind: str, steps: int
 ) -> None:
+    learns = steps >= LEARNING_STEPS or job.backend == "mpi4py"
+    steps = max(steps, LEARNING_STEPS) if learns else steps
     mine = model()
     by_name = dict(mine.named_parameters())
     optimizer = job.distribute(sgd(mine, kind, job.size), by_name.items(), MAKE[kind](by_name.items()))
@@ -97,7 +100,8 @@ def test_replicas_learn_stay_equal_and_match_the_simulation(
         losses.append(float(value.detach()))
         alive()
     assert_replicated(job, by_name)
-    assert sum(losses[-10:]) < (0.5 if kind == "dgc" else 0.3) * sum(losses[:10])
+    if learns:
+        assert sum(losses[-10:]) < (0.5 if kind == "dgc" else 0.3) * sum(losses[:10])
     one = model()
     simulation = Simulation(job.size, MAKE[kind], dict(one.named_parameters()))
     if job.rank == 0:  # the same on all ranks, and slow on many of them at once

@@ -26,12 +26,27 @@ CANARY = 0xA5
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the C++ kernels are not built")
 
 
-@pytest.fixture(params=LEVELS or ["none"], autouse=True)
-def level(request):
+class AtLevel:
+    """The kernels of one level, in the place of the module."""
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+
+    def __getattr__(self, name: str):
+        assert kernels.use(self.level) == self.level
+        return getattr(native, name)
+
+
+@pytest.fixture(autouse=True)
+def level_as_before():
     before = kernels.in_use()
-    assert kernels.use(request.param) == request.param
-    yield request.param
+    yield
     kernels.use(before)
+
+
+NATIVES = [AtLevel(level) for level in LEVELS]
+IMPLEMENTATIONS = (reference, *NATIVES)
+each_level = pytest.mark.parametrize("native", NATIVES, ids=LEVELS)
 
 
 def tensors(numel: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -65,10 +80,10 @@ def written(encode, length: int, *arguments) -> tuple[int, bytes]:
     return result, bits(buffer[3 : 3 + length].clone()) if result >= 0 else b""
 
 
-def both(name: str, length: int, *arguments) -> bytes:
-    """What both implementations write, which must be the same."""
-    theirs = written(getattr(reference, name), length, *arguments)
-    assert written(getattr(native, name), length, *arguments) == theirs
+def all_write(name: str, length: int, *arguments) -> bytes:
+    """What all implementations write, which must be the same."""
+    theirs, *others = [written(getattr(module, name), length, *arguments) for module in IMPLEMENTATIONS]
+    assert all(other == theirs for other in others)
     return theirs[1]
 
 
@@ -77,39 +92,44 @@ def summed(name: str, payloads: list[bytes], numel: int, divisor: float, *option
     for part, values in zip(parts, payloads):
         part.numpy()[:] = np.frombuffer(values, np.uint8)
     outs = []
-    for module in (reference, native):
+    for module in IMPLEMENTATIONS:
         buffer = torch.full((numel + 9,), 77.0)
         bound = getattr(module, name)(parts, *options, divisor, buffer[1 : 1 + numel])
         assert buffer[0] == 77
         assert bool((buffer[1 + numel :] == 77).all())
         outs.append((bits(buffer[1 : 1 + numel]), bound < float("inf")))
         assert bound >= reference.largest(buffer[1 : 1 + numel])
-    assert outs[0] == outs[1]
+    assert all(other == outs[0] for other in outs)
 
 
+@each_level
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", NUMELS)
-def test_moments(numel, dtype):
+def test_moments(native, numel, dtype):
     for name, values in tensors(numel, dtype).items():
         assert native.largest(values) == reference.largest(values), name
         assert native.moments(values) == reference.moments(values), name
         assert native.magnitudes(values) == reference.magnitudes(values), name
 
 
-def test_the_mean_magnitude():
+@each_level
+def test_the_mean_magnitude(native):
     values = random(10_000)
     assert native.magnitudes(values)[1] == pytest.approx(float(values.double().abs().mean()), rel=1e-12)
 
 
+@each_level
 @pytest.mark.parametrize("k", [0, 1, 10, 999, 1000])
-def test_the_places_of_the_largest_are_those_of_the_torch_operations(k):
+def test_the_places_of_the_largest_are_those_of_the_torch_operations(native, k):
+    assert kernels.use(native.level) == native.level
     for values in (random(1000), torch.zeros(1000), (torch.arange(1000) % 7).float()):
         assert torch.equal(kernels.largest_positions(values, k), topk_indices(values, k))
 
 
+@each_level
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("place", [0, 5, 500, 998, 999])
-def test_what_is_not_finite_is_seen(bad, place):
+def test_what_is_not_finite_is_seen(native, bad, place):
     values = random(1000)
     values[place] = bad
     assert native.largest(values) == float("inf")
@@ -129,8 +149,8 @@ def test_ternary(numel, dtype):
         top, sigma = reference.moments(values)
         if top < float("inf"):
             bound = min(top, float(torch.tensor(2.5 * sigma)) or top)
-            payloads.append(both("ternary_encode", length, values, bound, bound, KEY))
-            both("ternary_encode", length, values, bound / 3, top, KEY)
+            payloads.append(all_write("ternary_encode", length, values, bound, bound, KEY))
+            all_write("ternary_encode", length, values, bound / 3, top, KEY)
     for ranks in (1, 2, 3, 4, 5, len(payloads)):
         for divisor in (1.0, 3.0, 4.0):
             summed("ternary_sum", payloads[:ranks], numel, divisor)
@@ -144,7 +164,7 @@ def test_quantised(numel, code_bits):
         payloads = [
             written_
             for values in tensors(numel, dtype).values()
-            if (written_ := both("quantise_encode", length, values, code_bits, bucket, l2, KEY)) or not numel
+            if (written_ := all_write("quantise_encode", length, values, code_bits, bucket, l2, KEY)) or not numel
         ]
         for divisor in (1.0, 3.0):
             summed("quantise_sum", payloads[:4], numel, divisor, code_bits, bucket)
@@ -153,14 +173,15 @@ def test_quantised(numel, code_bits):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", NUMELS)
 def test_bfloat(numel, dtype):
-    payloads = [both("bfloat_encode", 2 * numel, values) for values in tensors(numel, dtype).values()]
+    payloads = [all_write("bfloat_encode", 2 * numel, values) for values in tensors(numel, dtype).values()]
     for divisor in (1.0, 3.0):
         summed("bfloat_sum", [part for part in payloads if part or not numel][:3], numel, divisor)
 
 
+@each_level
 @pytest.mark.parametrize("numel", NUMELS[1:])
 @pytest.mark.parametrize("threshold", [1e-42, 1e-30, 0.5, 3.0])
-def test_pruned(numel, threshold):
+def test_pruned(native, numel, threshold):
     for name, values in tensors(numel).items():
         mine, total, below = native.prune_dense(values, threshold, KEY)
         theirs, their_total, their_below = prune.prune_dense(values, threshold, KEY)
@@ -174,9 +195,9 @@ def residuals(numel: int):
 
 
 def fed_back(name: str, room: int, values, residual, *options) -> tuple[bytes, int]:
-    """As `both`, of kernels with error feedback, which must leave the same behind; and their result."""
+    """As `all_write`, of kernels with error feedback, which must leave the same behind; and their result."""
     outcomes = []
-    for module in (reference, native):
+    for module in IMPLEMENTATIONS:
         buffer, kept = payload(room), torch.full((values.numel() + 9,), 77.0)
         arguments = (values, residual, kept[1 : 1 + values.numel()], *options, buffer[3 : 3 + room])
         length = getattr(module, name)(*arguments)
@@ -186,7 +207,7 @@ def fed_back(name: str, room: int, values, residual, *options) -> tuple[bytes, i
         assert bool((kept[1 + values.numel() :] == 77).all())
         sent = bits(buffer[3 : 3 + length].clone()) if length >= 0 else b""
         outcomes.append((length, sent, bits(kept) if length != kernels.NOT_FINITE else b""))
-    assert outcomes[0] == outcomes[1], name
+    assert all(other == outcomes[0] for other in outcomes), name
     return outcomes[0][1], outcomes[0][0]
 
 
@@ -198,9 +219,10 @@ def each_sum(numel: int, dtype: torch.dtype = torch.float32):
                 yield values, residual
 
 
+@each_level
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", NUMELS)
-def test_accumulated(numel, dtype):
+def test_accumulated(native, numel, dtype):
     for values, residual in each_sum(numel, dtype):
         mine, theirs = torch.empty(numel), torch.empty(numel)
         assert native.accumulate(values, residual, mine) == reference.accumulate(values, residual, theirs)
@@ -219,7 +241,8 @@ def test_largest(numel, dtype):
     for ranks in (1, 2, 5, len(payloads)):
         summed("sparse_sum", payloads[:ranks], numel, float(ranks))
     for payload in map(damaged, filter(None, payloads)):
-        assert native.sparse_positions(payload, numel).equal(reference.sparse_positions(payload, numel))
+        expected, *found = [module.sparse_positions(payload, numel) for module in IMPLEMENTATIONS]
+        assert all(positions.equal(expected) for positions in found)
 
 
 @pytest.mark.parametrize("numel", [1000, 70_001])
@@ -296,7 +319,7 @@ def test_damaged_sparse_payloads_are_refused():
         damaged(sent, (places, 255), (places + 1, 255)),
         damaged(sent, (len(sent) - 2, 255), (len(sent) - 1, 255)),
     ):
-        for module in (reference, native):
+        for module in IMPLEMENTATIONS:
             with pytest.raises(kernels.PayloadError) as raised:
                 module.sparse_sum([whole, spoilt, whole], 1.0, torch.empty(numel))
             assert raised.value.rank == 1
@@ -308,7 +331,7 @@ def test_damaged_gap_codes_are_refused():
     sent, _ = fed_back("adacomp_encode", 5000, random(1000), None, 500)
     whole = damaged(sent)
     for spoilt in (whole[:3].clone(), whole[:-1].clone(), damaged(sent, (len(sent) - 1, 127))):
-        for module in (reference, native):
+        for module in IMPLEMENTATIONS:
             with pytest.raises(kernels.PayloadError) as raised:
                 module.gaps_sum([whole, spoilt], 16, 1.0, torch.empty(1000))
             assert raised.value.rank == 1
@@ -322,7 +345,7 @@ def test_sums_that_overflow_are_seen_by_all():
             values = values * (torch.arange(100) % 2 == (0 if same else number))
             payloads.append(fed_back("topk_encode", kernels.sparse_bytes(100, 50), values, None, 50)[0])
         parts = [damaged(part) for part in payloads]
-        for module in (reference, native):
+        for module in IMPLEMENTATIONS:
             assert (module.sparse_sum(parts, 1.0, torch.empty(100)) == float("inf")) is same
 
 
@@ -335,14 +358,16 @@ def test_pruned_and_packed(numel, dtype):
         for threshold in (0.0, 1e-42, 1e-30, 0.5, 3.0):
             limit = float(torch.tensor(threshold))
             length, sent = written(reference.prune_encode, room, values, limit, KEY)
-            assert written(native.prune_encode, room, values, limit, KEY)[0] == length
+            for other in NATIVES:
+                assert written(other.prune_encode, room, values, limit, KEY)[0] == length
             if length >= 0:
-                assert both("prune_encode", length, values, limit, KEY) == sent[:length]
+                assert all_write("prune_encode", length, values, limit, KEY) == sent[:length]
                 payloads.append(sent[:length])
             for less in (start - 1, start, length - 4):
                 if less >= 0:
                     outcome = written(reference.prune_encode, less, values, limit, KEY)[0]
-                    assert written(native.prune_encode, less, values, limit, KEY)[0] == outcome
+                    for other in NATIVES:
+                        assert written(other.prune_encode, less, values, limit, KEY)[0] == outcome
     for ranks in (1, 2, 5, len(payloads)):
         summed("prune_sum", payloads[:ranks], numel, float(ranks))
 
@@ -359,21 +384,22 @@ def test_damaged_pruned_payloads_are_refused():
         damaged(sent[:length], (3, 127), (2, 128)),
         damaged(sent[:length], (more, sent[more] | 3)),
     ):
-        for module in (reference, native):
+        for module in IMPLEMENTATIONS:
             with pytest.raises(kernels.PayloadError) as raised:
                 module.prune_sum([whole, spoilt, whole], 1.0, torch.empty(1000))
             assert raised.value.rank == 1
 
 
 def test_payloads_of_the_wrong_length_are_refused():
-    for module in (native, reference):
+    for module in IMPLEMENTATIONS:
         for name, options in (("ternary_sum", ()), ("quantise_sum", (4, 512)), ("bfloat_sum", ())):
             with pytest.raises(kernels.PayloadError, match="3 bytes instead of"):
                 getattr(module, name)([torch.zeros(3, dtype=torch.uint8)], *options, 1.0, torch.zeros(100))
 
 
+@each_level
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 63, 64, 65, 79, 80, 127, 128, 1000, 4096, 65_537])
-def test_checksums_are_those_of_zlib(length):
+def test_checksums_are_those_of_zlib(native, length):
     data = random(length, seed=length).view(torch.uint8)[:length]
     assert native.crc32(b"header", data) == zlib.crc32(b"header" + bits(data))
 

@@ -104,7 +104,7 @@ def test_what_has_no_state_is_unbiased(method):
     ranks, known, steps = (
         ranks_of(method, 5),
         gradients(5),
-        200,
+        100,
     )
     total = sum(ranks.exchange(known)[0]["a"].double() for _ in range(steps)) / steps
     single = ranks.exchange(known)[0]["a"].double() - mean(known, "a")
@@ -147,9 +147,9 @@ def owed_by(ranks: LocalRanks) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", SPARSE)
 def test_as_many_entries_come_back_as_one_rank_sends_however_many_ranks_there_are(method):
-    for size in (2, 8, 33):
+    for size, steps in ((2, 12), (8, 12), (33, 5)):
         ranks = ranks_of(method, size)
-        for step in range(12):
+        for step in range(steps):
             results = ranks.exchange(gradients(size, step))[0]
             found = int((results["d"] != 0).sum())
             assert found <= (1.25 if step == 0 else 2) * 5000 + 10 * size
