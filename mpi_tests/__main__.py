@@ -1,8 +1,8 @@
 """Runs the suite: python -m mpi_tests [--sizes 1,2,4] [--backends mpi4py,...] [--only unit,ranks,jobs] [pytest args]
 
 Tests of single processes, then those that run inside a job, once for every backend and number of ranks, then those
-that start jobs of their own. Parts run beside each other: most leave cores idle while ranks wait. Every line that a
-rank other than 0 prints is marked with its rank.
+that start jobs of their own. Parts that leave a core idle run beside each other. Every line that a rank other than 0
+prints is marked with its rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from .part import ROOT, Part, search_path
@@ -22,9 +21,9 @@ from .summary import summarize, summarize_runs
 
 _BACKENDS = ("horovod-mpi", "horovod-gloo", "mpi4py", "torch")
 _PARTS = ("unit", "ranks", "jobs")
-# Parts run beside each other, of every kind one; where a kind is done, its lane helps the others.
-_LANES = ("processes", "ranks", "jobs")
-_UNIT_SHARES = 2
+# Parts that run beside each other, by what they are: processes, jobs of two ranks or of four, tests that start jobs.
+# Kinds follow one another: three lanes of mixed kinds were no faster, and unit tests beside ranks took twice as long.
+_LANES = {"processes": 2, "pairs": 3, "fours": 2, "jobs": 2}
 # Of the tests that start jobs; all others are a third part, which takes longest.
 _JOBS = (
     ("test_benchmarks", "test_ddp", "test_documents"),
@@ -38,10 +37,11 @@ def _pytest(paths: Sequence[str], arguments: list[str]) -> list[str]:
 
 def _unit(arguments: list[str]) -> Iterator[Part]:
     """Every second test in each; conftest.py takes its share."""
-    for number in range(1, _UNIT_SHARES + 1):
-        share = {"HVD_COMPRESS_TEST_SHARE": f"{number}/{_UNIT_SHARES}"}
+    shares = _LANES["processes"]
+    for number in range(1, shares + 1):
+        share = {"HVD_COMPRESS_TEST_SHARE": f"{number}/{shares}"}
         command = [sys.executable, *_pytest(["mpi_tests/unit"], ["-p", "no:cacheprovider", *arguments])]
-        yield Part(f"unit, {number} of {_UNIT_SHARES}", command, share, lane="processes", expected_seconds=140)
+        yield Part(f"unit, {number} of {shares}", command, share, kind="processes")
 
 
 def _ranks(backend: str, size: int, arguments: list[str], **environment: str) -> Part:
@@ -67,8 +67,7 @@ def _ranks(backend: str, size: int, arguments: list[str], **environment: str) ->
         f"ranks: {backend}, {size}{extra}",
         [*launcher, *_pytest(["mpi_tests/ranks"], [*options, *arguments])],
         {"HVD_COMPRESS_BACKEND": backend, **environment},
-        lane="processes" if size == 1 else "ranks",
-        expected_seconds=20 + 30 * size,
+        kind={1: "processes", 2: "pairs", 4: "fours"}.get(size, ""),
     )
 
 
@@ -79,7 +78,7 @@ def _jobs(arguments: list[str]) -> Iterator[Part]:
     for number, part in enumerate(parts, start=1):
         paths = [f"mpi_tests/jobs/{name}.py" for name in part]
         command = [sys.executable, *_pytest(paths, arguments)]
-        yield Part(f"jobs, {number} of {len(parts)}", command, lane="jobs", expected_seconds=200)
+        yield Part(f"jobs, {number} of {len(parts)}", command, kind="jobs")
 
 
 def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
@@ -91,8 +90,7 @@ def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
         alone = options.backends == ["torch"]  # as of `make test-ddp`; beside the others at two ranks only
         jobs = [(size, backend) for size in options.sizes for backend in options.backends]
         jobs = [(size, backend) for size, backend in jobs if alone or backend != "torch" or size == 2]
-        # Those of most ranks take longest, and come first.
-        yield from (_ranks(backend, size, arguments) for size, backend in sorted(jobs, key=lambda job: -job[0]))
+        yield from (_ranks(backend, size, arguments) for size, backend in sorted(jobs, key=lambda job: job[0] > 1))
         if "mpi4py" in options.backends and 2 in options.sizes:
             yield _ranks("mpi4py", 2, arguments, MPI4PY_RC_THREAD_LEVEL="serialized")
     if "jobs" in options.only:
@@ -100,32 +98,30 @@ def _parts(options: argparse.Namespace, arguments: list[str]) -> Iterator[Part]:
 
 
 def _run(parts: Sequence[Part]) -> None:
-    """Beside each other, unless there is one part or one core."""
-    if len(parts) == 1 or (os.cpu_count() or 1) == 1:
-        for part in parts:
+    """One after the other, but those of one kind together."""
+    for part in parts:
+        if part.ending != "did not run":
+            continue
+        together = [other for other in parts if other.kind and other.kind == part.kind]
+        if len(together) > 1 and (os.cpu_count() or 1) > 1:
+            _run_beside(together)
+        else:
             part.run()
-        return
-    waiting = list(parts)
+
+
+def _run_beside(parts: Sequence[Part]) -> None:
+    waiting = iter(parts)
     taking, stop = threading.Lock(), threading.Event()
 
-    def take(lane: str) -> Part | None:
-        """The next of this lane, or else of the lane that has most left."""
-        with taking:
-            left = Counter[str]()
-            for part in waiting:
-                left[part.lane] += part.expected_seconds
-            if not left:
-                return None
-            lane = lane if left[lane] else left.most_common(1)[0][0]
-            part = next(part for part in waiting if part.lane == lane)
-            waiting.remove(part)
-            return part
-
-    def work(lane: str) -> None:
-        while not stop.is_set() and (part := take(lane)):
+    def work() -> None:
+        while not stop.is_set():
+            with taking:
+                part = next(waiting, None)
+            if part is None:
+                return
             part.run(f"{part.name}| ", stop)
 
-    lanes = [threading.Thread(target=work, args=(lane,)) for lane in _LANES]
+    lanes = [threading.Thread(target=work) for _ in range(_LANES[parts[0].kind])]
     for lane in lanes:
         lane.start()
     try:

@@ -34,8 +34,7 @@ class Part:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    lane: str = ""  # parts of one lane run one after the other
-    expected_seconds: float = 60.0  # about, by which lanes share what is left
+    kind: str = ""  # parts of one kind run beside each other; none: alone
     counts: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)  # tests with the first line of the error, in the order printed
     seconds: float = 0.0
