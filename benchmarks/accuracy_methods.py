@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression, GradientCompression
+from hvd_compress.optim import OneBitAdam
 from hvd_compress.training import ACDC, Schedule, prune_activation_gradients
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # after benchmarks, which has a report, too
@@ -36,6 +37,7 @@ class Task:
     clip: float | None  # limit of the norm of the combined gradient
     places: dict[str, str]  # where activation gradients are pruned
     dgc_clip: float | None  # in place of `clip`: local, of each tensor, before the momentum
+    adam: bool = False  # at a constant rate; else momentum SGD in one cycle
 
     def epochs_of(self, ranks: int) -> int:
         """As EPOCHS says; half as many for many simulated ranks, which take as long as that number of real ones."""
@@ -70,6 +72,20 @@ TASKS = {
         places={"output": "input"},  # the gradient that enters the LSTM
         dgc_clip=0.2,  # 0.5 / sqrt(7): of seven tensors, to 0.5 together
     ),
+    "gru_adam": Task(
+        lambda: stdlib_text.load(300_000, 50_000),
+        stdlib_text.CharGRU,
+        stdlib_text.nats_per_character,
+        "validation, nats/char",
+        better=-1,
+        epochs=4,
+        global_batch=64,
+        lr=2e-3,
+        clip=None,
+        places={"output": "input"},
+        dgc_clip=None,
+        adam=True,
+    ),
 }
 
 
@@ -92,6 +108,9 @@ class Setting:
 Make = Callable[[Setting], GradientCompression]
 
 _ADAPTIVE_WINDOW = 10
+_BETAS = (0.9, 0.999)
+_OF_ADAM = ("onebit_adam",)
+_OF_SGD = ("dgc", "acdc")  # whose momentum, or restart of it, is that of SGD
 # Percent of the steps. The published schedules are of 100 epochs and more; their phases, of a twentieth and less of so
 # short a training, leave the sparse model no time to recover.
 _PHASES = Schedule((20, 20, 30, 30))
@@ -123,6 +142,8 @@ METHODS: dict[str, Make] = {
     "topk": lambda s: Compression.topk(s.named, density=0.01),
     "topk_8_bits": lambda s: Compression.topk(s.named, density=0.01, value_bits=8),
     "topk_4_bits": lambda s: Compression.topk(s.named, density=0.01, value_bits=4),
+    "onebit": lambda s: Compression.onebit(s.named),
+    "onebit_adam": lambda s: Compression.onebit(s.named, momentum=_BETAS[0], warmup_steps=s.steps // 10),
     "powersgd": lambda s: Compression.powersgd(s.named, approximation_rank=4, seed=s.seed),
     "scalecom": lambda s: Compression.scalecom(s.named, density=0.01),
     "dgc": _dgc,
@@ -134,10 +155,18 @@ METHODS: dict[str, Make] = {
 }
 
 
-def optimizer_of(method: str, setting: Setting) -> torch.optim.Optimizer:
-    """Momentum SGD; DGC has its momentum, and its clipping, in the compressor."""
-    momentum = 0.0 if method == "dgc" else 0.9
-    return torch.optim.SGD([p for _, p in setting.named], setting.task.lr, momentum=momentum)
+def applies(method: str, task: Task) -> bool:
+    return method not in (_OF_SGD if task.adam else _OF_ADAM)
+
+
+def optimizer_of(method: str, setting: Setting, compression: GradientCompression) -> torch.optim.Optimizer:
+    """Momentum SGD, or Adam; DGC has its momentum, and its clipping, in the compressor."""
+    parameters, lr = [p for _, p in setting.named], setting.task.lr
+    if method == "onebit_adam":
+        return OneBitAdam(parameters, lr, _BETAS, compression=compression)
+    if setting.task.adam:
+        return torch.optim.Adam(parameters, lr, _BETAS)
+    return torch.optim.SGD(parameters, lr, momentum=0.0 if method == "dgc" else 0.9)
 
 
 def clip_of(method: str, task: Task) -> float | None:

@@ -44,6 +44,8 @@ class _Training:
             self.setting.acdc.begin(step)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        if self.task.adam:
+            return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.task.lr, self.setting.steps, cycle_momentum=False)
 
     def clip_gradients(self) -> None:
@@ -77,7 +79,7 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
     training, start = _Training(combination, [hvd.rank()], hvd.size()), time.perf_counter()
     compression = METHODS[training.method](training.setting)
     optimizer = hvd.DistributedOptimizer(
-        optimizer_of(training.method, training.setting), training.setting.named, compression=compression
+        optimizer_of(training.method, training.setting, compression), training.setting.named, compression=compression
     )
     hvd.broadcast_parameters(training.model.state_dict(), root_rank=0)
     schedule = training.schedule(optimizer)
@@ -100,10 +102,10 @@ def train_simulated(combination: Combination, size: int) -> dict[str, Any]:
     """Ranks share a model, since their replicas would be equal, and take turns at its gradients."""
     training, start = _Training(combination, range(size), size), time.perf_counter()
     model, method, setting = training.model, training.method, training.setting
-    optimizer = optimizer_of(method, setting)
+    compressions = [METHODS[method](setting) for _ in range(size)]
+    optimizer = optimizer_of(method, setting, compressions[0])
     schedule = training.schedule(optimizer)
     with technique(method, setting, model, optimizer, rank=0):
-        compressions = [METHODS[method](setting) for _ in range(size)]
         # Masked methods gather hashes besides, which have to be looked at.
         masked = isinstance(compressions[0].compressor, MaskedCompressor)
         ranks = LocalRanks(compressions, readers=None if masked else [0])

@@ -1,4 +1,4 @@
-"""The text of Python's own standard library, and a small LSTM that predicts its next character."""
+"""The text of Python's own standard library, and small recurrent networks that predict its next character."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ class CharLM(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         """Logits, [batch, symbols, length], of the characters that follow those of `text`, [batch, length]."""
         return self.output(self.lstm(self.embedding(text))[0]).transpose(1, 2)
+
+
+class CharGRU(nn.Module):
+    """855,000 parameters, in two layers of 256 units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_SYMBOLS, 256)
+        self.gru = nn.GRU(256, 256, num_layers=2, batch_first=True)
+        self.output = nn.Linear(256, _SYMBOLS)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """As of CharLM."""
+        return self.output(self.gru(self.embedding(text))[0]).transpose(1, 2)
 
 
 def load(train_characters: int = 600_000, test_characters: int = 50_000) -> tuple[TensorDataset, TensorDataset]:

@@ -17,6 +17,7 @@ from .compressors import (
     MaskedCompressor,
     MaskSource,
     NoneCompressor,
+    OneBitCompressor,
     PowerSGDCompressor,
     QSGDCompressor,
     ScaleComCompressor,
@@ -121,6 +122,26 @@ class Compression:
         norm: "max", or "l2" as in the paper.
         """
         return _bound(QSGDCompressor(bits=bits, bucket_size=bucket_size, norm=norm), named_parameters, options)
+
+    @staticmethod
+    def onebit(
+        named_parameters: NamedParameters,
+        *,
+        momentum: float = 0.0,
+        warmup_steps: int = 0,
+        bucket_size: int = 256,
+        **options: Any,
+    ) -> GradientCompression:
+        """One bit an element, its sign, with error feedback (EF-signSGD, Karimireddy et al., ICML 2019); and the first
+        moment of 1-bit Adam, for optim.OneBitAdam (Tang et al., ICML 2021).
+
+        momentum: betas[0] of optim.OneBitAdam, which takes what comes out for its first moment; 0 for gradients, for
+            any optimizer.
+        warmup_steps: so many gradients travel as they are first; for OneBitAdam 10 to 20 % of the training.
+        bucket_size: elements that share a mean magnitude, a multiple of 256.
+        """
+        compressor = OneBitCompressor(momentum=momentum, warmup_steps=warmup_steps, bucket_size=bucket_size)
+        return _bound(compressor, named_parameters, options)
 
     @staticmethod
     def powersgd(

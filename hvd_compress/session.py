@@ -338,6 +338,14 @@ class Session:
         slot.step, slot.loss_scale = self._step, self._loss_scale
         return _SPARSE if gradient.is_sparse else self.compressor.chosen(slot) or NONE
 
+    def gives_momentum(self, parameter: Tensor) -> bool:
+        """Whether what the last exchange gave for this parameter is momentum, in place of the gradient.
+
+        Raises KeyError for a parameter of which this does not know.
+        """
+        slot = self.slots[self.binding.index_of[id(parameter)]]
+        return self.size > 1 and slot.compressed and self.compressor.gives_momentum(slot)
+
     def settle(self) -> None:
         """End the step whose gradients were finished, if any: residuals change, or stay if not all was finite."""
         if not self._finished:
@@ -591,8 +599,8 @@ def _cannot(compressor: Compressor, topology: str) -> str | None:
         return None
     if isinstance(compressor, ScatterCodec):
         why = compressor.whole()
-        if topology == HIERARCHICAL and compressor.replaces:
-            why = f"the {compressor.replaces} that it has itself is that of a rank, not of a node"
+        if topology == HIERARCHICAL and compressor.keeps_momentum:
+            why = "the momentum that it has itself is that of a rank, not of a node"
     elif isinstance(compressor, Codec):
         why = "what it sends of a gradient depends on the whole of it"
     else:

@@ -113,7 +113,7 @@ def problem_of(optimizer: torch.optim.Optimizer | None, compressor: Compressor, 
                     "optimizer or unfrozen after it was wrapped: Horovod does not reduce its gradient. Wrap the "
                     "optimizer anew"
                 )
-    return compressor.conflict(optimizer) if compressor.replaces else None
+    return compressor.conflict(optimizer)
 
 
 def _some(names: Collection[str]) -> str:

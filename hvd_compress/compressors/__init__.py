@@ -19,6 +19,7 @@ from .dgc import DGCCompressor
 from .fp16 import FP16Compressor
 from .masked import MaskedCompressor, MaskError, MaskSource
 from .none import NoneCompressor
+from .onebit import OneBitCompressor
 from .powersgd import PowerSGDCompressor
 from .qsgd import QSGDCompressor
 from .scalecom import ScaleComCompressor
@@ -44,6 +45,7 @@ __all__ = [
     "MaskSource",
     "MaskedCompressor",
     "NoneCompressor",
+    "OneBitCompressor",
     "PowerSGDCompressor",
     "QSGDCompressor",
     "ScaleComCompressor",

@@ -90,6 +90,15 @@ class Compressor(abc.ABC):
         """What is wrong with exchanging gradients for this optimizer so, and the remedy; None if nothing is."""
         return None
 
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether its state has the momentum of this rank's gradients."""
+        return False
+
+    def gives_momentum(self, slot: Slot) -> bool:
+        """Whether what comes of this step's exchange is momentum, for an optimizer that takes it for one."""
+        return False
+
     def switched_off(self, plain: Compressor) -> Compressor:
         """What takes its place where nothing is to be compressed; `plain` sends gradients as they are."""
         return plain

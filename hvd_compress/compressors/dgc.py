@@ -102,6 +102,10 @@ class DGCCompressor(EntriesCodec):
             self._propose(slot, velocity, kept)
         return self.framed(slot, gradient, payload, rate=density)
 
+    @property
+    def keeps_momentum(self) -> bool:
+        return True
+
     def sent(self, slot: Slot) -> Sent:
         payload = self.entry_bytes(slot.shape.numel(), self.wanted(slot)) if self.grouped(slot) else 0
         return Sent(gathered=wire.frame_bytes(payload)) if payload else Sent(reduced=4 * slot.shape.numel())

@@ -68,7 +68,7 @@ class MaskedCompressor(Compressor):
     takes_all = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.dense, MaskedCompressor) or self.dense.replaces:
+        if isinstance(self.dense, MaskedCompressor) or self.dense.keeps_momentum:
             raise ValueError(
                 f"dense={self.dense} must be a compressor without masks and without momentum of its own, which would "
                 "stop under a mask"

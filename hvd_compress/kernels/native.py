@@ -91,6 +91,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, c_size_t, c_size_t, c_void_p, c_void_p, c_void_p, c_size_t, c_float, c_void_p],
     ),
     "hc_orthonormalise": (c_int, [c_void_p, c_size_t, c_size_t, c_void_p]),
+    "hc_sign_encode": (c_int, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p]),
     "hc_momentum": (None, [c_void_p, c_int, c_size_t, c_void_p, c_float, c_int, c_void_p]),
     "hc_chunk_largest": (None, [c_void_p, c_size_t, c_size_t, c_void_p]),
     "hc_solve": (c_int, [c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p]),
@@ -212,6 +213,13 @@ def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, diviso
     _expect(payloads, quantised_bytes(out.numel(), bits, bucket_size))
     shape = len(payloads), out.numel(), bits, bucket_size, divisor, out.data_ptr()
     return _magnitude(_library.hc_quantise_sum(_addresses(payloads), *shape))
+
+
+def sign_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bucket_size: int, payload: Tensor) -> int:
+    assert _library is not None
+    length = _room(payload, quantised_bytes(gradient.numel(), 1, bucket_size))
+    into = kept.data_ptr(), bucket_size, payload.data_ptr()
+    return NOT_FINITE if _library.hc_sign_encode(*_array(gradient), _start(residual), *into) else length
 
 
 def bfloat_encode(gradient: Tensor, payload: Tensor) -> int:

@@ -36,12 +36,26 @@ def bucket_norms(values: Tensor, bucket_size: int, l2: bool) -> Tensor:
     padded = torch.nn.functional.pad(values, (0, -values.numel() % bucket_size)).view(-1, bucket_size)
     if not l2:
         return padded.abs().amax(1)
-    squares = padded.to(torch.float64).square().view(padded.shape[0], -1, _LANES)
-    # Row after row in eight lanes, these by halves: the order in which the kernels add.
-    lanes = torch.from_numpy(np.add.accumulate(squares.cpu().numpy(), axis=1)[:, -1].copy())
+    total = _sums(padded.to(torch.float64).square())
+    return total.sqrt().to(torch.float32).clamp_(max=torch.finfo(torch.float32).max).to(values.device)
+
+
+def bucket_means(values: Tensor, bucket_size: int) -> Tensor:
+    """Mean magnitudes, float32 [buckets], of finite float32 [numel]."""
+    if values.numel() == 0:
+        return values.new_empty(0)
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % bucket_size)).view(-1, bucket_size)
+    counts = torch.full((len(padded),), float(bucket_size), dtype=torch.float64)
+    counts[-1] -= padded.numel() - values.numel()
+    return (_sums(padded.to(torch.float64).abs()) / counts).to(torch.float32).to(values.device)
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """Of float64 [buckets, bucket_size], row after row in eight lanes and these by halves, as the kernels add."""
+    lanes = torch.from_numpy(np.add.accumulate(rows.view(len(rows), -1, _LANES).cpu().numpy(), axis=1)[:, -1].copy())
     for half in (4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]
-    return lanes[:, 0].sqrt().to(torch.float32).clamp_(max=torch.finfo(torch.float32).max).to(values.device)
+    return lanes[:, 0]
 
 
 def quantise(values: Tensor, norms: Tensor, bits: int, bucket_size: int, random: Tensor) -> Tensor:

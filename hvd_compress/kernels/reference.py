@@ -25,6 +25,7 @@ from .lowrank import orthonormalise, product
 from .narrow import pack_narrow, unpack_narrow
 from .prune import decode_pruned, encode_pruned, prune_dense
 from .quantise import (
+    bucket_means,
     bucket_norms,
     dequantise,
     divisible,
@@ -64,6 +65,7 @@ __all__ = [
     "quantise_encode",
     "quantise_sum",
     "rebuild",
+    "sign_encode",
     "sparse_positions",
     "sparse_sum",
     "ternary_encode",
@@ -136,6 +138,19 @@ def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, diviso
         return dequantise(unpack_codes(payload[norm_bytes:], out.numel(), bits), norms, bits, bucket_size)
 
     return _sum(payloads, divisor, out, decode)
+
+
+def sign_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bucket_size: int, payload: Tensor) -> int:
+    """The mean magnitude of each bucket of residual + gradient, and an element's sign, laid out as QSGD of one bit.
+
+    `kept`, float32 [numel], becomes residual + gradient, less what these say. `bucket_size`: a multiple of 256.
+    """
+    if not accumulate(gradient, residual, kept) < math.inf:
+        return NOT_FINITE
+    means = bucket_means(kept, bucket_size)
+    positive = ~torch.signbit(kept)
+    kept -= torch.copysign(torch.repeat_interleave(means, bucket_size)[: kept.numel()], kept)
+    return _put(payload, means.view(torch.uint8), pack_codes(positive.to(torch.int32), 1))
 
 
 def counts_encode(totals: Tensor, most: int, payload: Tensor) -> int:

@@ -34,6 +34,7 @@ MAKE: dict[str, MakeCompression] = {
     "topk": lambda named: Compression.topk(named, density=0.1, min_numel=1),
     "narrow": lambda named: Compression.topk(named, density=0.1, value_bits=4, topology="scatter", min_numel=1),
     "stochastic_pruning": lambda named: Compression.stochastic_pruning(named, min_numel=1),
+    "onebit": lambda named: Compression.onebit(named, topology="scatter", min_numel=1),
     "powersgd": lambda named: Compression.powersgd(named, approximation_rank=1, min_numel=1),
     "scalecom": lambda named: Compression.scalecom(named, density=0.1, min_numel=1),
     "dgc": lambda named: Compression.dgc(named, density=0.2, momentum=0.5, min_numel=1),
@@ -106,7 +107,7 @@ def test_replicas_learn_stay_equal_and_match_the_simulation(
     simulation = Simulation(job.size, MAKE[kind], dict(one.named_parameters()))
     if job.rank == 0:  # the same on all ranks, and slow on many of them at once
         simulated = train_simulated(one, kind, simulation, steps, alive)
-        if kind in (*IN_FRAMES, "narrow") or job.size == 1:
+        if kind in (*IN_FRAMES, "narrow", "onebit") or job.size == 1:
             assert_equal(by_name, simulated)
         else:
             # Rounding grows over the steps, most where each starts from the last one's power iteration.

@@ -89,6 +89,7 @@ class Simulation:
     def __init__(self, size: int, make: MakeCompression, of: Mapping[str, Tensor]) -> None:
         self.size = size
         compressions = [make(list(of.items())) for _ in range(size)]
+        self.compression = compressions[0]
         self._ranks = LocalRanks(compressions) if takes_part(size, compressions[0]) else None
 
     def exchange(self, of_ranks: Sequence[Gradients], *, average: bool = True) -> Gradients:

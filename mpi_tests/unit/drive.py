@@ -19,6 +19,7 @@ from hvd_compress.compressors import (
     DGCCompressor,
     FP16Compressor,
     NoneCompressor,
+    OneBitCompressor,
     PowerSGDCompressor,
     QSGDCompressor,
     ScaleComCompressor,
@@ -71,6 +72,7 @@ MIXED: dict[str, Compressor] = {  # frames, sums or both; more of their contract
     "scalecom": ScaleComCompressor(density=0.05),
     "scalecom_filtered": ScaleComCompressor(beta=0.5, chunk=50),
     "dgc": DGCCompressor(density=0.05),
+    "onebit": OneBitCompressor(),
 }
 EVERY: dict[str, Compressor] = {**SUMMED, **FRAMED, **MIXED}
 SIZES = (1, 2, 3, 5)

@@ -196,6 +196,7 @@ COPIES = {
     "qsgd": 0.127,
     "adacomp": 3,
     "topk": 2.075,  # six bytes an entry
+    "onebit": 2.035,
     "powersgd": 2,
     "scalecom": 2,
     "dgc": 4.075,

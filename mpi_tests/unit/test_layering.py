@@ -27,7 +27,7 @@ LAYERS = [
     {"__main__"},
     {"commands"},
     {"hvd_compress"},
-    {"compression", "ddp", "mpi", "local", "elastic"},
+    {"compression", "ddp", "mpi", "local", "elastic", "optim"},
     {"mpi_optimizer", "bucket_exchange"},
     {"gradient_exchange"},
     {"gradient_compression"},

@@ -230,6 +230,24 @@ def test_accumulated(native, numel, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", NUMELS)
+@pytest.mark.parametrize("bucket", [256, 512, 1024])
+def test_signs(numel, dtype, bucket):
+    length = kernels.quantised_bytes(numel, 1, bucket)
+    payloads = [fed_back("sign_encode", length, *each, bucket)[0] for each in each_sum(numel, dtype)]
+    summed("quantise_sum", payloads[:4], numel, 3.0, 1, bucket)
+
+
+@pytest.mark.parametrize("place", [0, 3, 300, 999])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_signs_of_what_is_not_finite(place, value):
+    values = random(1000)
+    values[place] = value
+    length = kernels.quantised_bytes(1000, 1, 512)
+    assert fed_back("sign_encode", length, values, None, 512)[1] == kernels.NOT_FINITE
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [*NUMELS, 140_000])
 def test_largest(numel, dtype):
     payloads = []

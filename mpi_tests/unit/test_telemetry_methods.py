@@ -59,6 +59,9 @@ class Owed:
             m = self.compressor.momentum
             self.momentum = m * (self.momentum + gradient) if self.compressor.nesterov else m * self.momentum + gradient
             gradient = self.momentum + gradient if self.compressor.nesterov else self.momentum
+        if self.kind == "OneBitCompressor" and not self.dense:
+            self.momentum = self.compressor.momentum * self.momentum + gradient
+            return (1 - self.compressor.momentum) * (self.residual + self.momentum)
         return self.residual + gradient
 
     def after(self, owed: Tensor, sent: Tensor) -> None:
@@ -66,6 +69,8 @@ class Owed:
             self.residual = 0.0
         elif self.kind == "DGCCompressor":
             self.residual, self.momentum = owed - sent, torch.where(sent == 0, self.momentum, 0.0)
+        elif self.kind == "OneBitCompressor":
+            self.residual = (owed - sent) / (1 - self.compressor.momentum)
         elif self.kind == "ScaleComCompressor":
             self.residual = self.residual + self.compressor.beta * (owed - sent - self.residual)
         elif self.kind in FEEDBACK or (self.kind == "MaskedCompressor" and not self.compressor.masks.masks):
@@ -102,6 +107,8 @@ RATES = {
     "topk of everything": 1,
     "qsgd": 4,
     "qsgd of 8 bits": 8,
+    "onebit": 1,
+    "onebit with momentum": 1,
     "powersgd": 2,
     "scalecom by chunks": 0.04,
     "dgc of Nesterov": 0.05,

@@ -227,6 +227,11 @@ HC_API int hc_orthonormalise(const float* matrix, size_t rows, size_t rank, floa
     return level->orthonormalise(matrix, rows, rank, out);
 }
 
+HC_API int hc_sign_encode(
+    const void* x, int type, size_t numel, const float* residual, float* kept, size_t bucket, uint8_t* payload) {
+    return level->sign_encode(x, type, residual, kept, numel, bucket, payload);
+}
+
 HC_API void hc_momentum(
     const void* x, int type, size_t numel, const float* velocity, float factor, int nesterov, float* next) {
     level->momentum(x, type, velocity, numel, factor, nesterov, next);

@@ -12,6 +12,7 @@
 #include "prune.hpp"
 #include "prune_sum.hpp"
 #include "quantise_sum.hpp"
+#include "signs.hpp"
 #include "solver.hpp"
 #include "ternary.hpp"
 #include "topk.hpp"
@@ -222,6 +223,15 @@ int orthonormalise_(const float* matrix, size_t rows, size_t rank, float* out) {
     return room ? 0 : NO_MEMORY;
 }
 
+int sign_encode_(
+    const void* x, int type, const float* residual, float* kept, size_t numel, size_t bucket, uint8_t* payload) {
+    uint8_t* codes = payload + 4 * ((numel + bucket - 1) / bucket);
+    return with_type(x, type, [&](auto* p) {
+        const Accumulated<std::remove_const_t<std::remove_pointer_t<decltype(p)>>> sum = {p, residual};
+        return sign_encode_as(sum, kept, numel, bucket, payload, codes);
+    });
+}
+
 void momentum_(const void* x, int type, const float* velocity, size_t numel, float factor, int nesterov, float* next) {
     with_type(x, type, [&](auto* p) {
         nesterov ? momentum_as<true>(p, velocity, numel, factor, next)
@@ -236,7 +246,7 @@ const Level LEVEL = {
     moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum_, quantise_encode_, quantise_sum_,
     accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions,
     narrow_encode, narrow_decode_,  narrow_sum_, adacomp_encode_,  gaps_sum_,
-    prune_encode_, prune_sum_,      prune_dense_, bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_,
+    prune_encode_, prune_sum_,      prune_dense_, sign_encode_,    bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_,
     project_,     backproject,      rebuild,      orthonormalise_, momentum_,   chunk_largest,  solve,
 };
 

@@ -50,6 +50,8 @@ struct Level {
         const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
         int32_t* largest);
     uint64_t (*prune_dense)(const float* x, size_t numel, float threshold, uint64_t key, float* out, double* sum);
+    int (*sign_encode)(
+        const void* x, int type, const float* residual, float* kept, size_t numel, size_t bucket, uint8_t* payload);
     int (*bfloat_encode)(const void* x, int type, size_t numel, uint8_t* out);
     int32_t (*bfloat_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);
     void (*counts_encode)(const float* x, size_t numel, int bits, int most, uint8_t* codes);
