@@ -101,6 +101,7 @@ KERNELS: dict[str, Callable[[ModuleType, Buffers], object]] = {
     "ternary_clipped_encode": ternary_clipped,
     "ternary_decode4": lambda module, b: module.ternary_sum(b.ternary, float(RANKS), b.out),
     "quantize4_encode": lambda module, b: module.quantise_encode(b.gradient, 4, 512, False, KEY, b.payload),
+    "onebit_encode": lambda module, b: module.sign_encode(b.gradient, b.residual, b.kept, 256, b.payload),
     "adacomp50_encode": adacomp(50),
     "adacomp500_encode": adacomp(500),
     "threshold1e-2_encode": lambda module, b: module.threshold_encode(
@@ -132,6 +133,7 @@ BARS = {
     "ternary_encode": Bar("memcpy", 0.75, 20),
     "ternary_decode4": Bar("memcpy", 1.0),
     "quantize4_encode": Bar("memcpy", 0.8),
+    "onebit_encode": Bar("triad", 0.7),
     "adacomp50_encode": Bar("triad", 0.45, 12),
     "adacomp500_encode": Bar("triad", 0.5, 12),
     "threshold1e-2_encode": Bar("triad", 0.8),

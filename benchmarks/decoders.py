@@ -106,7 +106,7 @@ def _bfloat(gradient: Tensor, rank: int, room: Tensor) -> int:
 
 DECODERS: dict[str, Decoder] = {
     "ternary_decode": Decoder(_ternary, native.ternary_sum),
-    **{f"quantize{bits}_decode": _quantised(bits) for bits in (2, 4, 8)},
+    **{f"quantize{bits}_decode": _quantised(bits) for bits in (1, 2, 4, 8)},
     "bf16_decode": Decoder(_bfloat, native.bfloat_sum),
     "topk1e-2_decode": _topk(1e-2),
     "topk1e-3_decode": _topk(1e-3),

@@ -50,7 +50,6 @@ def test_replicas_stay_equal_and_match_the_simulation(job: Job) -> None:
     (assert_equal if job.size == 1 else assert_close)(named, copy(by_name))
 
 
-@pytest.mark.usefixtures("optimizers")
 def test_an_optimizer_that_takes_momentum_for_gradients_is_refused(several: Job) -> None:
     job = several
     mine = model()
