@@ -19,6 +19,7 @@ from torch import Tensor
 from .calls import callers
 from .engine import Ticket
 from .gradient_compression import GradientCompression
+from .step_check import advise
 from .transports.base import Transport
 
 _CALLERS = 12  # a GradScaler calls an optimizer's step, and that its hooks, through a few wrappers
@@ -161,6 +162,8 @@ class BucketExchange:
             return
         if conflict := self.compression.compressor.conflict(optimizer):
             raise ValueError(conflict)
+        if self.compression.size > 1:
+            advise(optimizer, self.compression.compressor, self.compression.rank)
         self._checked.add(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:

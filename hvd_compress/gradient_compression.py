@@ -25,7 +25,7 @@ from .log import SINGLE_RANK, log, warn_once
 from .paced_engine import PacedEngine
 from .schedules import describe
 from .session import CLOSING, NONE, Progress, Session, spanned
-from .step_check import GradientChangedError, Taken, called_by_grad_scaler, came_too_often, problem_of
+from .step_check import GradientChangedError, Taken, advise, called_by_grad_scaler, came_too_often, problem_of
 from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
@@ -328,6 +328,8 @@ class GradientCompression(Session):
             self._watches_accumulation = True
             self._watch_accumulation()
         transport = HorovodTransport(self.process_set)
+        if optimizer is not None and transport.size > 1:
+            advise(optimizer, self.compressor, transport.rank)
         if transport.size > 1 and self._id not in self._roll.numbers:
             self._roll.unchecked.setdefault(self._id, self.description())  # where this is a copy
             for member in self._roll.members:  # parameters may have been frozen meanwhile

@@ -26,6 +26,7 @@ from .gradient_exchange import GradientExchange
 from .log import log
 from .mpi_optimizer import DistributedMixin
 from .ordered_engine import OrderedEngine
+from .step_check import advise
 from .transports.mpi import CHUNK_BYTES, MPITransport
 
 _GRACE_SECONDS = 1.0  # for the other ranks to print what they have to say before the job is aborted
@@ -99,6 +100,8 @@ def _attach(compression: GradientCompression, optimizer: torch.optim.Optimizer, 
     fingerprint.check(transport, "hvd_compress.check", {"0": compression.description() | {"conflict": conflict}})
     if conflict:
         raise ValueError(conflict)
+    if transport.size > 1:
+        advise(optimizer, compression.compressor, transport.rank)
     compression.attach(transport, functools.partial(OrderedEngine, threaded=threaded and transport.size > 1))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .binding import Binding
 from .calls import callers
 from .compressors import Compressor
+from .log import warn_once
 
 # torch.amp has it from torch 2.3 on.
 _GRAD_SCALERS = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
@@ -114,6 +115,17 @@ def problem_of(optimizer: torch.optim.Optimizer | None, compressor: Compressor, 
                     "optimizer anew"
                 )
     return compressor.conflict(optimizer)
+
+
+def advise(optimizer: torch.optim.Optimizer, compressor: Compressor, rank: int) -> None:
+    """Say on rank 0, once, where a method is known to learn more slowly with such an optimizer, and the remedy."""
+    of_adam = any("betas" in group for group in optimizer.param_groups)
+    if rank == 0 and of_adam and compressor.slow_with_adam:
+        warn_once(
+            f"{compressor} with {type(optimizer).__name__}: Adam divides by a second moment that has seen little but "
+            "what was sent, and learns more slowly, at least in the first thousands of steps. Remedy: "
+            "Compression.onebit with hvd_compress.optim.OneBitAdam, Compression.qsgd, or SGD with momentum"
+        )
 
 
 def _some(names: Collection[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class AdaCompCompressor(SparsifyingCompressor):
     bin_size: Rate | None = None
 
     algorithm = 4
+    slow_with_adam: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.bin_size is not None:

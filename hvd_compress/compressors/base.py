@@ -66,6 +66,7 @@ class Compressor(abc.ABC):
     stateful: ClassVar[bool] = False  # whether it keeps residuals in the slot's memory
     takes_all: ClassVar[bool] = False  # whether it sees the parameters that are not compressed, too
     replaces: ClassVar[str] = ""  # what it does in place of the optimizer
+    slow_with_adam: ClassVar[bool] = False  # whether Adam was seen to learn more slowly by what it sends
     label: ClassVar[str] = ""  # of its method of Compression, where that is not the name of the class
 
     def chosen(self, slot: Slot) -> Compressor | None:

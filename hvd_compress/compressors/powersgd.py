@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class PowerSGDCompressor(Compressor):
     approximation_rank: Rate = 4
 
     algorithm = 8
+    slow_with_adam: ClassVar[bool] = True
     stateful = True
 
     def __post_init__(self) -> None:

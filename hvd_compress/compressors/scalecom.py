@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class ScaleComCompressor(Compressor):
     chunk: int | None = None
 
     algorithm = 9
+    slow_with_adam: ClassVar[bool] = True
     stateful = True
 
     def __post_init__(self) -> None:

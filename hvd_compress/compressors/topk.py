@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class TopKCompressor(EntriesCodec, SparsifyingCompressor):
     value_bits: int = 32
 
     algorithm = 5
+    slow_with_adam: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         density_at(self.density, 0)

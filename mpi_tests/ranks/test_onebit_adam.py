@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hvd_compress import Compression
+from hvd_compress import Compression, step_check
 from hvd_compress.optim import OneBitAdam
 
 from .job import Job
@@ -59,3 +59,18 @@ def test_an_optimizer_that_takes_momentum_for_gradients_is_refused(several: Job)
         loss(mine, job.rank, 0).backward()
         optimizer.step()
     job.barrier()
+
+
+def test_a_sparse_method_with_adam_is_told_on_rank_0_alone(several: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = several
+    said: list[str] = []
+    monkeypatch.setattr(step_check, "warn_once", said.append)
+    mine = model()
+    named = list(mine.named_parameters())
+    compression = Compression.topk(named, density=0.1, **OPTIONS)
+    optimizer = job.distribute(torch.optim.Adam(mine.parameters()), named, compression)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss(mine, job.rank, step).backward()
+        optimizer.step()
+    assert ["Adam" in text for text in said] == [True] * (job.rank == 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_compress import Compression
+from hvd_compress import Compression, step_check
 from hvd_compress.compressors import OneBitCompressor
 from hvd_compress.local import LocalRanks
 from hvd_compress.optim import OneBitAdam
@@ -321,3 +321,24 @@ def test_other_optimizers_are_refused_and_the_right_one_is_not():
     assert compressor.conflict(OneBitAdam(net.parameters(), compression=compression)) is None
     assert compressor.conflict(OneBitAdam(net.parameters())) is not None
     assert OneBitCompressor().conflict(torch.optim.AdamW(net.parameters())) is None
+
+
+@pytest.mark.parametrize("method", ["topk", "adacomp", "powersgd", "scalecom"])
+def test_methods_that_are_slow_with_adam_are_told_with_the_remedy(method, monkeypatch):
+    said = []
+    monkeypatch.setattr(step_check, "warn_once", said.append)
+    net = model()
+    compressor = getattr(Compression, method)(net.named_parameters()).compressor
+    for optimizer, rank in ((torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), 0), (adam(net), 1)):
+        step_check.advise(optimizer, compressor, rank)
+        assert said == []
+    step_check.advise(adam(net), compressor, 0)
+    assert len(said) == 1
+    assert "AdamW" in said[0]
+    assert "Remedy: Compression.onebit with hvd_compress.optim.OneBitAdam" in said[0]
+    step_check.advise(adam(net), Compression.qsgd(net.named_parameters()).compressor, 0)
+    assert len(said) == 1
+
+
+def adam(net):
+    return torch.optim.AdamW(net.parameters())
