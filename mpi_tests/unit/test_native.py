@@ -238,6 +238,18 @@ def test_signs(numel, dtype, bucket):
     summed("quantise_sum", payloads[:4], numel, 3.0, 1, bucket)
 
 
+@pytest.mark.parametrize("bucket", [256, 2048])
+def test_signs_of_a_large_tensor_go_around_the_caches(bucket):
+    """Where memory is aligned, and past a megabyte."""
+    values, residual = random(300_001), random(300_001, seed=1)
+    found = []
+    for module in IMPLEMENTATIONS:
+        kept, room = torch.empty(300_001), torch.empty(kernels.quantised_bytes(300_001, 1, bucket), dtype=torch.uint8)
+        assert module.sign_encode(values, residual, kept, bucket, room) == room.numel()
+        found.append((bits(kept), bits(room)))
+    assert all(other == found[0] for other in found)
+
+
 @pytest.mark.parametrize("place", [0, 3, 300, 999])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_signs_of_what_is_not_finite(place, value):
