@@ -162,8 +162,8 @@ class Spoiled(Pending):
     def ready(self) -> bool:
         return self._pending.ready()
 
-    def await_ready(self) -> None:
-        self._pending.await_ready()
+    def await_ready(self, meanwhile: Callable[[], None] | None = None) -> None:
+        self._pending.await_ready(meanwhile)
 
     def wait(self) -> Any:
         first, *others = self._pending.wait()
