@@ -86,7 +86,7 @@ def run(name: str, backend: str, times: int) -> dict[str, Any]:
 
 
 def in_time(seconds: float) -> bool:
-    """In 10 s, or in as much longer as this machine has other work."""
+    """Of an idle machine."""
     return seconds < SECONDS
 
 
@@ -104,11 +104,12 @@ def judged_job(fault: Fault, ended: Ended) -> Iterator[tuple[bool, float, str]]:
 def judged_times(fault: Fault, ended: Ended, directory: str, times: int) -> Iterator[tuple[bool, float, str]]:
     """Of a job whose ranks tell how each time ended; what they did not come to is a failure."""
     files = [Path(directory, f"{rank}.jsonl") for rank in range(RANKS)]
+    idle = ended.clock.seconds / max(ended.clock.elapsed, 1e-9)  # of each second that a rank has counted
     of_ranks = [[json.loads(line) for line in f.read_text().splitlines()] if f.exists() else [] for f in files]
     for number in range(times):
         rows = [rows[number] for rows in of_ranks if len(rows) > number]
         errors = [row["error"] or "" for row in rows]
-        seconds = max([row["seconds"] for row in rows], default=0.0)
+        seconds = idle * max([row["seconds"] for row in rows], default=0.0)
         if len(rows) < RANKS:
             yield False, seconds, f"hangs, or ends on one rank only: {''.join(errors) or ended.output[-300:]}"
         elif not fault.error:
