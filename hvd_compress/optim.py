@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compressors import Compressor
+from .compressors import Compressor, OneBitCompressor
 from .gradient_compression import GradientCompression
 
 _COMPRESSION = "compression"  # in a group: Horovod makes the optimizer anew of its groups
@@ -55,9 +55,12 @@ class OneBitAdam(torch.optim.Optimizer):
             raise ValueError(f"weight_decay must not be negative: {weight_decay}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, _COMPRESSION: compression}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            if problem := _mismatch(group):
-                raise ValueError(problem)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if problem := _mismatch(self.param_groups[-1]):
+            self.param_groups.pop()
+            raise ValueError(problem)
 
     def takes_momentum_from(self, compressor: Compressor) -> bool:
         """Whether what this compressor gives is taken for what it is, in all groups."""
@@ -128,11 +131,15 @@ def _mismatch(group: dict[str, Any]) -> str | None:
         return None
     if not isinstance(compression, GradientCompression) or not compression.bound:
         return f"compression must be what Compression.onebit(model.named_parameters(), ...) gives: {compression!r}"
-    momentum = getattr(compression.compressor, "momentum", None)
-    if compression.compressor.keeps_momentum and momentum != group["betas"][0]:
-        return f"betas[0] is {group['betas'][0]}, and the compression's momentum is {momentum}: give both the same"
-    if compression.compressor.replaces:
+    compressor = compression.compressor
+    if compressor.replaces:
         return f"OneBitAdam takes no momentum of {compression!r}: give it Compression.onebit(..., momentum=betas[0])"
+    if isinstance(compressor, OneBitCompressor) and compressor.momentum:
+        first = group["betas"][0]
+        if compressor.momentum != first:
+            return f"betas[0] is {first}, and the compression's momentum is {compressor.momentum}: give both the same"
+        if not compressor.warmup_steps:
+            return "without warmup_steps= there is no second moment to divide by: give the compression at least 1"
     known = compression.binding.index_of
     if any(id(parameter) not in known for parameter in group["params"]):
         return "the compression does not know all parameters of the optimizer: make it of model.named_parameters()"

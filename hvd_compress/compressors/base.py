@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels, wire
-from ..memory import FRAMES, RESIDUALS, SPARE, ErrorFeedback
+from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, ErrorFeedback, key
 from ..requests import Allgather, Allreduce, Exchange, ReduceOp
 from ..schedules import value_at
 from .footprint import Sent
@@ -347,6 +347,19 @@ def flat(gradient: Tensor) -> Tensor:
     """`gradient` as [numel] in a type that the kernels read: as it is where it can be, float64 as float32."""
     values = gradient.detach().reshape(-1)
     return values if values.dtype in (torch.float32, torch.float16, torch.bfloat16) else values.to(torch.float32)
+
+
+def momentum_of(
+    slot: Slot, gradient: Tensor, factor: float, out: Tensor | None = None, *, nesterov: bool = False
+) -> Tensor:
+    """The next momentum of this rank, factor * last + gradient, float32 [numel], in `out` or new memory; not proposed.
+
+    By Nesterov, factor * (last + gradient). `gradient`: [numel], of a type that the kernels read.
+    """
+    velocity = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device) if out is None else out
+    before = slot.memory.residual(key(slot.name, MOMENTUM), gradient.device)
+    kernels.of(gradient).momentum(gradient, before, factor, nesterov, velocity)
+    return velocity
 
 
 def max_abs(values: Tensor) -> float:

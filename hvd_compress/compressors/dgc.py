@@ -17,7 +17,7 @@ from .. import kernels, wire
 from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, key
 from ..requests import Allreduce, Exchange
 from ..schedules import Rate, density_at, entries_of
-from .base import Common, Compressor, Slot, flat32, frame_room, max_abs
+from .base import Common, Compressor, Slot, flat32, frame_room, max_abs, momentum_of
 from .entries import EntriesCodec
 from .footprint import Sent
 
@@ -143,9 +143,7 @@ class DGCCompressor(EntriesCodec):
         """The new u, in `out` or new memory, and what `gradient`, float32 [numel], adds to the residual with it."""
         if not self.momentum:
             return gradient, gradient
-        velocity = torch.empty_like(gradient) if out is None else out
-        before = slot.memory.residual(key(slot.name, MOMENTUM), gradient.device)
-        kernels.of(gradient).momentum(gradient, before, self.momentum, self.nesterov, velocity)
+        velocity = momentum_of(slot, gradient, self.momentum, out, nesterov=self.nesterov)
         return velocity, velocity + gradient if self.nesterov else velocity
 
     def _stepped(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import kernels, wire
 from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, added, key, owned_key
 from ..requests import Allreduce, Exchange
-from .base import Common, ScatterCodec, Slot, flat, flat32, frame_room, max_abs
+from .base import Common, ScatterCodec, Slot, flat, flat32, frame_room, max_abs, momentum_of
 from .footprint import Sent
 
 
@@ -68,29 +68,23 @@ class OneBitCompressor(ScatterCodec):
         total: Tensor = yield Allreduce(flat32(gradient), last=True)
         if max_abs(total) == torch.inf:
             return None
-        if self.momentum and self._saves(slot):
-            self._velocity(slot, flat(gradient))
+        if self._saves(slot):
+            self._stepped(slot, gradient)
         return total
 
     def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
-        (payload,) = self.cut(slot, gradient, [(0, gradient.numel())], common)
+        values, residual, kept = self._accumulating(slot, gradient)
+        payload = self._encoded(values, residual, kept, slot.room(self._whole_bytes(slot)))
         return self.framed(slot, gradient, payload, rate=1.0)
 
     def cut(
         self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None
     ) -> list[Tensor | None]:
-        values = flat(gradient)
-        if self.momentum:
-            values = self._velocity(slot, values)
-        kept = slot.memory.room(slot.name, gradient)
-        residual = slot.memory.residual(slot.name, kept.device)
-        whole = cuts == [(0, values.numel())]
-        payloads = [
-            self._encoded(values[a:b], None if residual is None else residual[a:b], kept[a:b], slot if whole else None)
-            for a, b in cuts
+        values, residual, kept = self._accumulating(slot, gradient)
+        return [
+            self._encoded(values[start:stop], None if residual is None else residual[start:stop], kept[start:stop])
+            for start, stop in cuts
         ]
-        slot.memory.propose(slot.name, kept)
-        return payloads
 
     def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
         return self._sum(payloads, divisor / (1 - self.momentum), out)
@@ -115,31 +109,43 @@ class OneBitCompressor(ScatterCodec):
     def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
         return self._sum([payload], divisor, out)
 
-    def _encoded(
-        self, values: Tensor, residual: Tensor | None, kept: Tensor, slot: Slot | None = None
-    ) -> Tensor | None:
-        """Signs and means of values + residual, in the room of `slot` if there is one; None for what is not finite."""
-        length = kernels.quantised_bytes(values.numel(), 1, self.bucket_size)
-        payload = torch.empty(length, dtype=torch.uint8) if slot is None else slot.room(length)
-        sent = kernels.of(values).sign_encode(values, residual, kept, self.bucket_size, payload)
-        return None if sent == kernels.NOT_FINITE else payload
+    def _accumulating(self, slot: Slot, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What is to be encoded, the residual, and room for the next one, which is proposed."""
+        values, kept = self._stepped(slot, gradient), slot.memory.room(slot.name, gradient)
+        slot.memory.propose(slot.name, kept)
+        return values, slot.memory.residual(slot.name, kept.device), kept
 
-    def _velocity(self, slot: Slot, gradient: Tensor) -> Tensor:
-        """The new u, float32 [numel], which is proposed."""
+    def _stepped(self, slot: Slot, gradient: Tensor) -> Tensor:
+        """The new u, which is proposed; without momentum, the gradient."""
+        values = flat(gradient)
+        if not self.momentum:
+            return values
         name = key(slot.name, MOMENTUM)
-        velocity = slot.memory.room(name, gradient)
-        before = slot.memory.residual(name, gradient.device)
-        kernels.of(gradient).momentum(gradient, before, self.momentum, False, velocity)
+        velocity = momentum_of(slot, values, self.momentum, slot.memory.room(name, values))
         slot.memory.propose(name, velocity)
         return velocity
 
+    def _encoded(
+        self, values: Tensor, residual: Tensor | None, kept: Tensor, payload: Tensor | None = None
+    ) -> Tensor | None:
+        """Signs and means of values + residual, in `payload` or new memory; None for what is not finite."""
+        if payload is None:
+            length = kernels.quantised_bytes(values.numel(), 1, self.bucket_size)
+            payload = torch.empty(length, dtype=torch.uint8)
+        sent = kernels.of(values).sign_encode(values, residual, kept, self.bucket_size, payload)
+        return None if sent == kernels.NOT_FINITE else payload
+
+    def _whole_bytes(self, slot: Slot) -> int:
+        """Of the payload of a gradient that is not cut."""
+        return self.piece_bytes(slot, slot.shape.numel(), back=False)
+
     def _saves(self, slot: Slot) -> bool:
-        return wire.frame_bytes(self.piece_bytes(slot, slot.shape.numel(), back=False)) < 4 * slot.shape.numel()
+        return wire.frame_bytes(self._whole_bytes(slot)) < 4 * slot.shape.numel()
 
     def sent(self, slot: Slot) -> Sent:
         if not self.grouped(slot):
             return Sent(reduced=4 * slot.shape.numel())
-        return Sent(gathered=wire.frame_bytes(self.piece_bytes(slot, slot.shape.numel(), back=False)))
+        return Sent(gathered=wire.frame_bytes(self._whole_bytes(slot)))
 
     def held(self, slot: Slot) -> dict[str, int]:
         """As after the warm-up."""
@@ -147,7 +153,7 @@ class OneBitCompressor(ScatterCodec):
             return {}
         residual = 4 * slot.shape.numel()
         momentum = residual if self.momentum else 0
-        frames = frame_room(self.piece_bytes(slot, slot.shape.numel(), back=False))
+        frames = frame_room(self._whole_bytes(slot))
         return {RESIDUALS: residual, MOMENTUM: momentum, SPARE: residual + momentum, FRAMES: frames}
 
     def held_scattered(self, slot: Slot) -> dict[str, int]:
@@ -162,8 +168,8 @@ class OneBitCompressor(ScatterCodec):
         values = flat32(gradient)
         if not self.grouped(slot):
             return values
-        before = slot.memory.residual(key(slot.name, MOMENTUM), values.device) if self.momentum else None
-        values = values if before is None else self.momentum * before + values
+        if self.momentum:
+            values = momentum_of(slot, values, self.momentum)
         return (1 - self.momentum) * slot.memory.compensate(slot.name, values)
 
     def conflict(self, optimizer: torch.optim.Optimizer) -> str | None:

@@ -26,6 +26,15 @@ def size_of(ranks: LocalRanks) -> int:
     return len(ranks.compressions)
 
 
+def check_that_it_travels(make: Callable[[int], LocalRanks]) -> None:
+    """By a topology; `make` takes a number of ranks."""
+    for size in (2, 6):
+        check_that_all_get_the_same(make(size), None)
+    check_that_what_is_not_finite_changes_nothing(lambda: make(4), float("nan"), 7)
+    check_that_order_and_absence_do_not_matter(lambda: make(4))
+    check_that_a_checkpoint_goes_on(lambda: make(4))
+
+
 def check_that_all_get_the_same(ranks: LocalRanks, largest_error: float | None) -> None:
     """Bits, and near the mean where there is a limit of the relative error."""
     for step in range(2):

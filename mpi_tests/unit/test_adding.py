@@ -12,14 +12,7 @@ from hvd_compress.compressors import traffic
 from hvd_compress.local import LocalRanks
 
 from .drive import bits
-from .in_pieces import (
-    SHAPES,
-    check_that_a_checkpoint_goes_on,
-    check_that_all_get_the_same,
-    check_that_order_and_absence_do_not_matter,
-    check_that_what_is_not_finite_changes_nothing,
-    gradients,
-)
+from .in_pieces import SHAPES, check_that_it_travels, gradients
 from .toy_codec import SignCompressor
 
 TOPOLOGIES = {
@@ -38,24 +31,8 @@ def ranks_of(topology: str, size: int) -> LocalRanks:
 
 
 @topologies
-@pytest.mark.parametrize("size", [2, 6])
-def test_all_ranks_get_the_same(topology, size):
-    check_that_all_get_the_same(ranks_of(topology, size), None)
-
-
-@topologies
-def test_what_is_not_finite_changes_nothing(topology):
-    check_that_what_is_not_finite_changes_nothing(lambda: ranks_of(topology, 4), float("nan"), 7)
-
-
-@topologies
-def test_order_and_absence_do_not_matter(topology):
-    check_that_order_and_absence_do_not_matter(lambda: ranks_of(topology, 4))
-
-
-@topologies
-def test_a_checkpoint_goes_on(topology):
-    check_that_a_checkpoint_goes_on(lambda: ranks_of(topology, 4))
+def test_it_travels_by_every_topology(topology):
+    check_that_it_travels(lambda size: ranks_of(topology, size))
 
 
 def test_one_rank_alone_gets_its_own_signs():

@@ -15,15 +15,7 @@ from hvd_compress.local import LocalRanks
 from hvd_compress.optim import OneBitAdam
 
 from .drive import bits, bound, random, run
-from .in_pieces import (
-    SHAPES,
-    check_that_a_checkpoint_goes_on,
-    check_that_all_get_the_same,
-    check_that_order_and_absence_do_not_matter,
-    check_that_what_is_not_finite_changes_nothing,
-    check_that_what_is_owed_follows_the_loss_scale,
-    gradients,
-)
+from .in_pieces import SHAPES, check_that_it_travels, check_that_what_is_owed_follows_the_loss_scale, gradients
 
 WORKED = [0.4, -0.1, 0.05, 0.3, -0.25, 0.02, -0.6, 0.1, 0.0, 0.15]
 KEPT = [0.203, 0.097, -0.147, 0.103, -0.053, -0.177, -0.403, -0.097, -0.197, -0.047]  # mean magnitude 0.197
@@ -98,29 +90,13 @@ def ranks_of(topology: str, size: int) -> LocalRanks:
 
 
 @topologies
-@pytest.mark.parametrize("size", [2, 6])
-def test_all_ranks_get_the_same(topology, size):
-    check_that_all_get_the_same(ranks_of(topology, size), None)
-
-
-@topologies
-def test_what_is_not_finite_changes_nothing(topology):
-    check_that_what_is_not_finite_changes_nothing(lambda: ranks_of(topology, 4), float("nan"), 7)
-
-
-@topologies
-def test_order_and_absence_do_not_matter(topology):
-    check_that_order_and_absence_do_not_matter(lambda: ranks_of(topology, 4))
+def test_it_travels_by_every_topology(topology):
+    check_that_it_travels(lambda size: ranks_of(topology, size))
 
 
 @topologies
 def test_what_is_owed_follows_the_loss_scale(topology):
     check_that_what_is_owed_follows_the_loss_scale(lambda: ranks_of(topology, 4))
-
-
-@topologies
-def test_a_checkpoint_goes_on(topology):
-    check_that_a_checkpoint_goes_on(lambda: ranks_of(topology, 4))
 
 
 def test_owners_keep_what_the_signs_of_sums_lose():
@@ -302,12 +278,22 @@ def test_a_compression_that_does_not_fit_is_an_error():
     named = list(net.named_parameters())
     for compression, message in (
         (Compression.onebit(named, momentum=0.8), "betas\\[0\\] is 0.9, and the compression's momentum is 0.8"),
+        (Compression.onebit(named, momentum=0.9), "give the compression at least 1"),
         (Compression.dgc(named), "takes no momentum of"),
-        (Compression.onebit(named[:2], momentum=0.9), "does not know all parameters"),
+        (Compression.onebit(named[:2], momentum=0.9, warmup_steps=1), "does not know all parameters"),
         (Compression.fp16, "must be what Compression.onebit"),
     ):
         with pytest.raises(ValueError, match=message):
             OneBitAdam(net.parameters(), compression=compression)
+
+
+def test_a_group_that_the_compression_does_not_know_is_not_added():
+    net = model()
+    compression, _ = compressed(net, 5)
+    optimizer = OneBitAdam(net.parameters(), compression=compression)
+    with pytest.raises(ValueError, match="does not know all parameters"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_other_optimizers_are_refused_and_the_right_one_is_not():
