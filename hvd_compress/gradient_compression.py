@@ -217,6 +217,7 @@ class GradientCompression(Session):
             self.rejoin(self.progress)
         if self._engine is None:
             self._connect()
+        assert self._engine is not None
         index = self.binding.identify(tensor)
         self.begin()
         self._taken.add(index, tensor)
@@ -228,11 +229,13 @@ class GradientCompression(Session):
                 self._look(compressor, self.slots[index], tensor)
             summand = compressor.summand(tensor, self.size)
             self._record(index, tensor, summand.numel() * summand.element_size())
+            self._engine.transport.give_way()
             return summand, _AddedUp(compressor, tensor, tensor._version, self.size)
         frozen = not self.parameters[index].requires_grad  # then Horovod reduces zeros
         ticket = self._start(index, compressor, tensor, in_place=True, frozen=frozen)
         carrier = self._carrier(tensor)
         ticket.sent_bytes += carrier.numel() * carrier.element_size()
+        self._engine.transport.give_way()
         return carrier, (ticket, tensor)
 
     def _carrier(self, tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ _ROW_BYTES = 16
 MAX_ELEMENTS = (1 << 31) - 1
 
 _posted: dict[Any, str] = {}  # names of operations by handle, until they are synchronized
+_no_set = hvd.ProcessSet([])
+_no_set.process_set_id = -100  # that no set has, not even as an error's number
 
 
 def outstanding() -> list[str]:
@@ -75,9 +78,18 @@ class HorovodTransport(Transport):
     def is_current(self) -> bool:
         return bool(hvd.is_initialized()) and (self._set.rank(), self._set.size()) == (self.rank, self.size)
 
+    def give_way(self) -> None:
+        """Let a shutdown that is under way come to its end: what is posted after it has an error at once.
+
+        When a rank ends, Horovod's thread on every other drops the tensors of what is posted there. For that it needs
+        Python's lock (seen with torch 2.13), and holds the lock of the table of process sets meanwhile; what posts
+        holds Python's and wants the table's, and the job hangs. This takes the table's alone, in a microsecond.
+        """
+        with contextlib.suppress(ValueError):  # there is no such set
+            _no_set.rank()
+
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
-        handle = hvd.allreduce_async_(tensor, name=name, op=_OPS[op], process_set=self._set)
-        return _HorovodPending(name, handle, _same)
+        return self._post(hvd.allreduce_async_, name, _same, tensor, op=_OPS[op])
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
         rows = _rows(parts)
@@ -87,20 +99,23 @@ class HorovodTransport(Transport):
                 f"gather at once, {MAX_ELEMENTS * 8 / 1e9:.1f} GB: choose a method that sends less, or a smaller "
                 "bucket_bytes="
             )
-        handle = hvd.allgather_async(rows.view(-1, self._width(name)), name=name, process_set=self._set)
-        return _HorovodPending(name, handle, _cut)
+        return self._post(hvd.allgather_async, name, _cut, rows.view(-1, self._width(name)))
 
     def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
         rows = tensor.view(1, -1) if self._width(name) == 1 else tensor.view(-1, 1)
-        handle = hvd.broadcast_async_(rows, root_rank=self.members[root], name=name, process_set=self._set)
-        return _HorovodPending(name, handle, lambda answer: answer.view(-1))
+        return self._post(hvd.broadcast_async_, name, _flat, rows, root_rank=self.members[root])
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
         width = self._width(name)
         buffers = [_rows(destination).view(-1, width) for destination in parts]
         splits = torch.tensor([len(buffer) for buffer in buffers], dtype=torch.int32)
-        handle = hvd.alltoall_async(torch.cat(buffers), splits=splits, name=name, process_set=self._set)
-        return _HorovodPending(name, handle, lambda answer: _cut(answer[0]))
+        return self._post(hvd.alltoall_async, name, _cut_received, torch.cat(buffers), splits=splits)
+
+    def _post(
+        self, operation: Callable[..., Any], name: str, transform: Callable[[Any], Any], tensor: Tensor, **options: Any
+    ) -> Pending:
+        self.give_way()
+        return _HorovodPending(name, operation(tensor, name=name, process_set=self._set, **options), transform)
 
     def _width(self, name: str) -> int:
         """1 and 2 in turn: another shape than last time, so that Horovod negotiates this collective each time.
@@ -116,6 +131,10 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1)
+
+
 def _rows(parts: Sequence[Tensor]) -> Tensor:
     """The parts in one buffer behind their total length, padded to a multiple of _ROW_BYTES; as int64."""
     length = sum(part.numel() for part in parts)
@@ -125,6 +144,10 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
 
 def _padding(length: int) -> int:
     return -(_LENGTH_BYTES + length) % _ROW_BYTES
+
+
+def _cut_received(answer: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return _cut(answer[0])
 
 
 def _cut(gathered: Tensor) -> list[Tensor]:

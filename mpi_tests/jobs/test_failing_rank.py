@@ -35,6 +35,12 @@ def test_sys_exit_on_one_rank_ends_the_job(launcher):
         assert ended.code == 3
 
 
+def test_a_rank_that_leaves_while_others_post_ends_the_job():
+    ended = run("horovod-mpi", 2, "leave_while_posting.py")
+    assert ended.code, str(ended)
+    assert "Horovod has been shut down" in ended.of_rank(0)
+
+
 @pytest.mark.parametrize(("launcher", "ranks"), [("horovod-mpi", 2), ("horovod-gloo", 2), ("mpi4py", 2), ("mpirun", 3)])
 def test_a_rank_with_fewer_batches_ends_the_job(launcher, ranks):
     ended = fail(launcher, ranks, "return")
