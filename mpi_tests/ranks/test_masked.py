@@ -102,9 +102,17 @@ def test_horovod_itself_adds_up_kept_values_and_nothing_else(
     assert 0.08 < share < 0.12
 
 
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize("dense", DENSE)
-@pytest.mark.parametrize("first", ["acdc", "compression"])
+@pytest.mark.parametrize(
+    ("optimizer_name", "dense", "first"),  # any two of them in all ways
+    [
+        ("sgd", "none", "acdc"),
+        ("sgd", "bf16", "compression"),
+        ("sgd", "topk", "acdc"),
+        ("adam", "none", "compression"),
+        ("adam", "bf16", "acdc"),
+        ("adam", "topk", "compression"),
+    ],
+)
 def test_acdc_prunes_alike_and_sends_what_is_left(job: Job, optimizer_name: str, dense: str, first: str) -> None:
     model = make_model()
     named = list(model.named_parameters())

@@ -7,12 +7,13 @@ import sys
 import time
 from typing import Any
 
-import torch
-
 from mpi_tests import no_compiler
 
-torch.set_num_threads(1)
 no_compiler.install()
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 KIND = sys.argv[1]
 ARGUMENTS = sys.argv[2:]
 

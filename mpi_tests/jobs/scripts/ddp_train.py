@@ -10,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-from hvd_compress import Compression, ddp
 from mpi_tests import no_compiler
 
 no_compiler.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+from hvd_compress import Compression, ddp  # noqa: E402
+
 torch.set_num_threads(1)
 how, *directory = sys.argv[1:]
 dist.init_process_group("gloo")
