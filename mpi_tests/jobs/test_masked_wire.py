@@ -1,4 +1,4 @@
-"""Masked exchange moves as many bytes less as weights are pruned: counted by the network interface, not by us."""
+"""Masked exchange moves as many bytes less as weights are pruned: counted by the kernel, not by us."""
 
 import os
 import re
@@ -15,10 +15,10 @@ DENSE_BYTES = 5 * 4 * 1000 * 1000 * 4  # of 5 steps of four float32 matrices
 
 def namespace_with_loopback() -> list[str]:
     """Begins a command that runs in a network namespace of its own. Skips the test where there are none."""
-    needed = shutil.which("unshare") and shutil.which("ip") and os.getuid() == 0
+    needed = all(map(shutil.which, ("unshare", "ip", "ss"))) and os.getuid() == 0
     prefix = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     if not needed or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("network namespaces need root, ip and unshare")
+        pytest.skip("network namespaces need root, unshare, ip and ss")
     return prefix
 
 
