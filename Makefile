@@ -11,7 +11,7 @@ run := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-ddp test-repeat test-long check check-native wheel format clean distclean
-.PHONY: bench-codec bench-network bench-scale bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
+.PHONY: bench-codec bench-network bench-prediction bench-scale bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
 .PHONY: bench-faults bench-frames bench-soak
 
 help: ## list the targets
@@ -58,6 +58,9 @@ bench-codec: setup ## time the kernels against the memory and against torch oper
 
 bench-network: setup ## time training on hosts with a slow network, emulated in namespaces (needs root)
 	@$(run)/python benchmarks/network.py
+
+bench-prediction: setup ## compare what predict says with rows that bench-network wrote: ROWS=network.json
+	@$(run)/python benchmarks/prediction.py
 
 bench-scale: setup ## what a rank sends and receives when there are hundreds, simulated
 	@OMP_NUM_THREADS=1 $(run)/python benchmarks/scale.py

@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ import torch
 from network_methods import ours
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from hvd_compress.local import LocalRanks
-from hvd_compress.requests import ReduceOp
-from hvd_compress.transports.base import Pending
+from hvd_compress.prediction import Recorder
 from report import write_rows
 
 Row = dict[str, Any]
@@ -34,49 +32,6 @@ _METHODS = "terngrad,qsgd,bf16,topk,dgc"
 _TENSORS = 8
 _DIFFERENT = 8  # gradients; as many ranks as there are share each
 _HEADS = ("payload", "sent", "received", "into node", "of fp16", "python ms", "decode ms", "replicas equal")
-
-
-class Received:
-    """Counts what arrives at one rank from those that are not on its node; sums count as of a ring, in two rounds of
-    (size - 1) / size."""
-
-    def __init__(self, transport: Any, ranks_per_node: int) -> None:
-        self.count = 0.0
-        self.rank, self.size = transport.rank, transport.size
-        first = self.rank // ranks_per_node * ranks_per_node
-        self._node = range(first, first + ranks_per_node)
-        for name in ("allreduce", "allgather", "broadcast", "alltoall"):
-            setattr(transport, name, self._counted(getattr(transport, name)))
-
-    def _counted(self, usual: Callable[..., Pending]) -> Callable[..., Pending]:
-        def post(name: str, *arguments: Any) -> Pending:
-            return _Counted(usual(name, *arguments), self, arguments)
-
-        return post
-
-    def add(self, answer: Tensor | Sequence[Tensor], arguments: Sequence[Any]) -> None:
-        if not isinstance(answer, Tensor):
-            self.count += sum(buffer.numel() for rank, buffer in enumerate(answer) if rank not in self._node)
-        elif isinstance(arguments[-1], ReduceOp):
-            self.count += 2 * answer.numel() * answer.element_size() * (self.size - 1) / self.size
-        elif arguments[-1] != self.rank:  # a broadcast, by this root
-            self.count += answer.numel() * answer.element_size()
-
-
-class _Counted(Pending):
-    def __init__(self, usual: Pending, received: Received, arguments: Sequence[Any]) -> None:
-        self._usual, self._received, self._arguments = usual, received, arguments
-
-    def ready(self) -> bool:
-        return self._usual.ready()
-
-    def await_ready(self, meanwhile: Callable[[], None] | None = None) -> None:
-        self._usual.await_ready(meanwhile)
-
-    def wait(self) -> Any:
-        answer = self._usual.wait()
-        self._received.add(answer, self._arguments)
-        return answer
 
 
 def measured(method: str, topology: str, ranks: int, parameters: int, steps: int) -> Row:
@@ -89,7 +44,7 @@ def measured(method: str, topology: str, ranks: int, parameters: int, steps: int
     together = LocalRanks(compressions, readers=readers)
     first = compressions[0]
     assert first.attached is not None
-    received = Received(first.attached, int(per_node or 1))
+    recorder = Recorder(first.attached, int(per_node or 1))
     generator = torch.Generator().manual_seed(0)
     known = [
         {name: torch.randn(side, side, generator=generator).pow_(3) for name, _ in named} for _ in range(_DIFFERENT)
@@ -98,7 +53,8 @@ def measured(method: str, topology: str, ranks: int, parameters: int, steps: int
     seconds: dict[str, list[float]] = {"python": [], "decode": []}
     equal = True
     for _ in range(steps):
-        received.count, before = 0.0, first.telemetry.total.sent_bytes
+        recorder.collectives.clear()
+        before = first.telemetry.total.sent_bytes
         results = together.exchange([known[rank % _DIFFERENT] for rank in range(ranks)])
         sent = first.telemetry.total.sent_bytes - before
         equal = equal and all(torch.equal(results[0][name], other[name]) for other in results for name, _ in named)
@@ -115,8 +71,8 @@ def measured(method: str, topology: str, ranks: int, parameters: int, steps: int
         "parameters": _TENSORS * side * side,
         "payload_bytes": payload,
         "sent_bytes": sent,
-        "received_bytes": round(received.count),
-        "into_node_bytes": round(received.count * int(per_node)) if per_node else None,
+        "received_bytes": round(recorder.outside_bytes),
+        "into_node_bytes": round(recorder.outside_bytes * int(per_node)) if per_node else None,
         "python_seconds": statistics.median(seconds["python"]),
         "decode_seconds": statistics.median(seconds["decode"]),
         "replicas_equal": equal,

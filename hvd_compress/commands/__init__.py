@@ -10,12 +10,13 @@ from ..version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, or 1 where something is wrong."""
-    from . import doctor  # what a command needs takes seconds to import
+    from . import doctor, predict  # what a command needs takes seconds to import
 
     parser = argparse.ArgumentParser(prog="hvd-compress", description="Gradient compression for PyTorch training.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    doctor.add_to(commands)
+    for command in (doctor, predict):
+        command.add_to(commands)
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code

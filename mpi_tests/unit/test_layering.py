@@ -26,6 +26,7 @@ MODULES = {
 LAYERS = [
     {"__main__"},
     {"commands"},
+    {"prediction"},
     {"hvd_compress"},
     {"compression", "ddp", "mpi", "local", "elastic", "optim"},
     {"mpi_optimizer", "bucket_exchange"},
@@ -46,7 +47,17 @@ LAYERS = [
 ]
 # Who may reach for the other side of a layer.
 SIDEWAYS = {("mpi", "compression")}
-PACKAGES = {"commands", "adaptive", "training", "transports", "topologies", "compressors", "telemetry", "kernels"}
+PACKAGES = {
+    "commands",
+    "prediction",
+    "adaptive",
+    "training",
+    "transports",
+    "topologies",
+    "compressors",
+    "telemetry",
+    "kernels",
+}
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
@@ -95,7 +106,11 @@ def test_imports_point_down(module):
 
 def test_inside_the_packages_modules_build_on_the_base_alone():
     allowed = {
-        "commands": {f"hvd_compress.commands.{name}" for name in ("facts", "links", "problems")},
+        "commands": {
+            f"hvd_compress.commands.{name}"
+            for name in ("facts", "links", "problems", "methods", "model_file", "quantities", "predict_report")
+        },
+        "prediction": {f"hvd_compress.prediction.{name}" for name in ("traffic", "work", "timeline")},
         "compressors": {f"hvd_compress.compressors.{name}" for name in ("base", "entries", "footprint")},
         "topologies": {f"hvd_compress.topologies.{name}" for name in ("base", "frames", "nodes", "regions")},
         "transports": {"hvd_compress.transports.base"},

@@ -1,0 +1,43 @@
+"""Methods as people write them: NAME or NAME:OPTION=VALUE:... of `Compression`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+from ..compression import Compression
+from ..gradient_compression import GradientCompression
+
+_OF_OTHERS = {"masked", "lgreco", "accordion"}  # which need masks, or a compression whose rates they choose
+NAMES = tuple(name for name in vars(Compression) if not name.startswith("_") and name not in _OF_OTHERS)
+
+
+def method(text: str) -> Callable[..., GradientCompression]:
+    """A function that makes it for named parameters, and takes further options.
+
+    Raises ValueError for what is none.
+
+    >>> import torch
+    >>> method("topk:density=0.001")([("weight", torch.zeros(100, 100))], topology="gather").topology
+    'gather'
+    """
+    name, *options = text.split(":")
+    if name not in NAMES:
+        raise ValueError(f"no such method: {text} (choose from {', '.join(NAMES)})")
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        try:
+            values[key] = ast.literal_eval(value if equals else "?")
+        except (SyntaxError, ValueError):
+            raise ValueError(f"{text}: {option!r} is no OPTION=VALUE, such as density=0.001") from None
+
+    def make(named: Any, **further: Any) -> GradientCompression:
+        try:
+            made: GradientCompression = getattr(Compression, name)(named, **(values | further))
+        except TypeError as error:  # of an option that it does not have
+            raise ValueError(f"{text}: {error}") from error
+        return made
+
+    return make
