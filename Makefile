@@ -23,7 +23,7 @@ setup: ## build .venv: Open MPI, torch for the CPU, Horovod, this package (minut
 	@scripts/setup
 
 demo: setup ## train the digits example with four compressors on RANKS ranks under Horovod
-	@scripts/mpirun -np $(RANKS) $(run)/python examples/horovod_digits.py --methods none,terngrad,adacomp,topk
+	@scripts/mpirun -np $(RANKS) $(run)/python examples/horovod_digits.py --methods none,terngrad,adacomp,topk --plot demo.png
 
 test: setup ## run the suite at 1, 2 and 4 ranks; ARGS go to pytest
 	@$(run)/python -m mpi_tests $(ARGS)

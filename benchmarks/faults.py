@@ -43,6 +43,7 @@ class Fault:
 
 FAULTS = {
     "killed": Fault("SIGKILL of a rank", error=("",), ends_job=True),
+    "ended": Fault("an exception on one rank while the other posts", ("wrong with the data",), ends_job=True),
     "stopped": Fault("SIGSTOP of a rank for 20 s"),
     "wrong_options": Fault("another density on one rank", error=("density is 0.1 on rank 0 and 0.2 on rank 1",)),
     "wrong_shapes": Fault("another shape on one rank", error=("'a' (30, 20)", "'a' (30, 21)")),

@@ -27,6 +27,7 @@ from mpi_tests.ranks.training import OPTIONS, assert_close, backward, digest, gr
 
 STEPS, AT = 8, 3  # of a training, and the one in which the fault happens
 STOP_SECONDS = float(os.environ.get("STOP_SECONDS") or 20)
+BUSY_SECONDS = 1e-3
 _SCALE = 1024.0
 Parameters = dict[str, torch.Tensor]
 
@@ -84,6 +85,33 @@ def killed(job: Job) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return bool(train(job, before=kill))
+
+
+def ended(job: Job) -> bool:
+    """The others are in Python, between two operations that they post."""
+
+    def keep_busy(_: object) -> None:
+        until = time.perf_counter() + BUSY_SECONDS
+        while time.perf_counter() < until:
+            pass
+
+    def end(step: int, of: Parameters, _: Parameters) -> None:
+        if step == AT:
+            begin()
+            if odd(job):
+                raise RuntimeError("something is wrong with the data")
+            for parameter in of.values():
+                parameter.register_hook(keep_busy)
+
+    of = {f"{name}{number}": p for number in range(40) for name, p in parameters().items()}
+    optimizer = job.distribute(sgd(of), of.items(), topk(of))
+    for step in range(STEPS):
+        known = gradients(of, job.rank, step)
+        end(step, of, known)
+        optimizer.zero_grad()
+        backward(of, known)
+        optimizer.step()
+    return False
 
 
 def stopped(job: Job) -> bool:
@@ -293,7 +321,7 @@ def disk_full_at_plan_log(job: Job) -> bool:
 FAULTS = {
     function.__name__: function
     for function in (
-        *(killed, stopped, wrong_options, wrong_shapes, nan_on_one_rank, inf_step, corrupt_frame_sent),
+        *(killed, ended, stopped, wrong_options, wrong_shapes, nan_on_one_rank, inf_step, corrupt_frame_sent),
         *(corrupt_frame_received, masks_that_differ, schedule_that_differs, frozen_at_the_start, frozen_later),
         *(another_size, disk_full_at_telemetry, disk_full_at_plan_log),
     )
@@ -311,7 +339,7 @@ def main() -> None:
             try:
                 row["exact"] = FAULTS[fault](job)
             except Exception as error:  # all that a program would see of the fault
-                if fault in ("killed", "corrupt_frame_received"):
+                if fault in ("killed", "ended", "corrupt_frame_received"):
                     raise
                 row["error"] = f"{type(error).__name__}: {error}"
             file.write(json.dumps(row | {"seconds": time.time() - began}) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -44,6 +45,13 @@ def rows_of(program: Sequence[str], launcher: Launcher) -> list[dict[str, Any]]:
         out = Path(directory, "rows.json")
         _run(launcher([sys.executable, *program, "--out", str(out)], ENVIRONMENT))
         return read_rows(out)
+
+
+def told(program: Sequence[str], launcher: Launcher) -> Any:
+    """The JSON that rank 0 of a job prints, whatever its exit code."""
+    command = launcher([sys.executable, *program], ENVIRONMENT)
+    ended = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, capture_output=True)
+    return json.loads(ended.stdout)
 
 
 def _run(command: Sequence[str]) -> None:

@@ -38,11 +38,12 @@ def emulated(options: argparse.Namespace, console: Console) -> Iterator[list[dic
                 console.print(f"{count} hosts at {rate}: one TCP connection carries {reached:.0f} Mbit/s")
                 if reached < 0.85 * megabits(rate):
                     console.print(f"[red]that is less than 85 % of {rate}: this machine is too slow, or busy[/]")
+                links = jobs.told(["-m", "hvd_compress", "doctor", "--json"], hosts.mpirun)
                 for parameters in options.parameters:
                     network = ["--interface", hosts.interface, "--master", f"{hosts.addresses[0]}:{_PORT}"]
                     rows = rows_of(_program(options, parameters) + network, hosts.mpirun)
                     kind = {"network": "emulated", "hosts": count, "rate_mbit": megabits(rate)}
-                    kind |= {"reached_mbit": round(reached, 1), "parameters": parameters}
+                    kind |= {"reached_mbit": round(reached, 1), "parameters": parameters, "doctor": links}
                     yield _with_bound([kind | row for row in rows])
 
 

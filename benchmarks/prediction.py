@@ -1,7 +1,8 @@
 """Compare what `hvd-compress predict` says with what bench-network measured: ROWS=network.json [OUT=rows.json].
 
 For each row of Horovod or of this library under it. A step without communication is the row "bound", of which backward
-is the share that it takes here; bytes and work are measured here, by simulated ranks, and the link is the nominal one.
+is the share that it takes here; bytes and work are measured here, by simulated ranks; of the network it knows what
+`hvd-compress doctor` measured there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from hvd_compress.commands.model_file import timed
-from hvd_compress.prediction import PAYLOAD, Cluster, Compute, measured, predicted
+from hvd_compress.prediction import Cluster, Compute, measured, predicted
 from report import read_rows, write_rows
 
 Row = dict[str, Any]
@@ -39,7 +40,7 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
             continue
         model = make()
         inputs, wanted = batch(torch.Generator().manual_seed(0))
-        alone = timed(model, lambda m=model, i=inputs, w=wanted: cross_entropy(m(i), w))  # type: ignore[misc]
+        alone = timed(model, lambda m, i=inputs, w=wanted: cross_entropy(m(i), w))  # type: ignore[misc]
         named = [(name, torch.zeros(p.shape)) for name, p in model.named_parameters()]
         for row in of_model:
             method, hosts = row["method"].removeprefix("horovod-"), row["hosts"]
@@ -50,9 +51,16 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
                 works[key] = measured(ours(method), named, hosts)
             bound = next(r["step_seconds"] for r in of_model if r["method"] == "bound" and _same(r, row))
             backward = bound * alone.backward_seconds / alone.seconds
-            cluster = Cluster(hosts, PAYLOAD * row["rate_mbit"] * 1e6 / 8)
-            step = predicted(works[key], cluster, Compute(backward, bound - backward))
+            step = predicted(works[key], cluster_of(row), Compute(backward, bound - backward))
             yield row | {"predicted_seconds": step.seconds, "work": dataclasses.asdict(works[key])}
+
+
+def cluster_of(row: Row) -> Cluster:
+    """As doctor has measured it; the hosts of the emulated network share a name."""
+    links, sums = row["doctor"]["links"], row["doctor"]["sums_bits_per_second"]
+    slowest = min(link["bits_per_second"] for link in links) / 8
+    latency = max(link["latency_seconds"] for link in links)
+    return Cluster(row["hosts"], slowest, latency, sum_bandwidth=sums / 8)
 
 
 def _same(one: Row, other: Row) -> bool:

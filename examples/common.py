@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,18 @@ def parse_options(description: str, *, methods: str, epochs: float) -> argparse.
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the loss by step and by bytes there")
     return parser.parse_args()
+
+
+def _picture(text: str) -> Path:
+    """Checked before anything is trained."""
+    if not find_spec("matplotlib"):
+        raise argparse.ArgumentTypeError("a plot needs matplotlib: pip install matplotlib")
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no picture can be written there, a .png, .svg or .pdf: {text}")
+    return path
 
 
 def _methods(text: str) -> list[str]:

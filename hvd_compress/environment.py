@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 from .log import log
 
 VARIABLES = "HVD_COMPRESS_"  # what all of them begin with
-OFF, LOG = f"{VARIABLES}OFF", f"{VARIABLES}LOG"
+OFF, LOG, TELEMETRY = f"{VARIABLES}OFF", f"{VARIABLES}LOG", f"{VARIABLES}TELEMETRY"
 
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LEVELS = ("debug", "info", "warning", "error")
@@ -21,6 +23,24 @@ def is_off(environment: Mapping[str, str] = os.environ) -> bool:
     if value not in (*_YES, *_NO):
         raise ValueError(f"{OFF} must be one of {', '.join(filter(None, (*_YES, *_NO)))}: {value!r}")
     return value in _YES
+
+
+def telemetry_file(rank: int, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Where one more compression of this process is to write its telemetry; None for nowhere.
+
+    Rank 0 alone writes, or each rank to its own file where the name has {rank}. The second compression's file has .1
+    before its suffix, and so on.
+    """
+    text = environment.get(TELEMETRY, "")
+    if not text or (rank and "{rank}" not in text):
+        return None
+    path = Path(text.replace("{rank}", str(rank))).absolute()
+    number = _written[path]
+    _written[path] += 1
+    return path.with_suffix(f".{number}{path.suffix}") if number else path
+
+
+_written: Counter[Path] = Counter()  # by how many compressions
 
 
 def set_log_level() -> None:

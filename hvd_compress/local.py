@@ -38,17 +38,23 @@ class LocalRanks:
             world.polls[transport.rank] = engine.poll
             self._engines.append(engine)
 
-    def exchange(self, gradients: Sequence[Mapping[str, Tensor]], *, average: bool = True) -> list[dict[str, Tensor]]:
+    def exchange(
+        self, gradients: Sequence[Mapping[str, Tensor]], *, average: bool = True, in_place: bool = False
+    ) -> list[dict[str, Tensor]]:
         """Combine one step's gradients, {parameter name: gradient} of every rank; returns what every reader then has.
 
-        All ranks must give the same names, but may give them in any order.
+        All ranks must give the same names, but may give them in any order. in_place: results may take the place of the
+        readers' gradients, as they do where a model is trained.
         """
         if len(gradients) != len(self.compressions):
             raise ValueError(f"gradients of {len(gradients)} ranks for {len(self.compressions)} compressions")
         index_of = {slot.name: slot.index for slot in self.compressions[0].slots}
         tickets = [
-            {name: compression.submit(index_of[name], gradient) for name, gradient in mine.items()}
-            for compression, mine in zip(self.compressions, gradients)
+            {
+                name: compression.submit(index_of[name], gradient, in_place=in_place and rank in self.readers)
+                for name, gradient in mine.items()
+            }
+            for rank, (compression, mine) in enumerate(zip(self.compressions, gradients))
         ]
         for engine in self._engines:
             engine.flush()

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from . import environment
 from .adaptive import Controller
 from .agreement import BYTES, agree, mismatch
 from .binding import Binding
@@ -190,6 +191,8 @@ class Session:
             self.controller.attach(transport)
         self._engine = make_engine(transport, buckets)
         self._engine.telemetry = self.telemetry
+        if self.telemetry.file is None and (path := environment.telemetry_file(transport.rank)) is not None:
+            self.telemetry.write_to(path)
         return self._engine
 
     def detach(self) -> None:

@@ -27,7 +27,7 @@ _LANES = {"processes": 2, "pairs": 3, "fours": 2, "jobs": 2}
 # Of the tests that start jobs; all others are a third part, which takes longest.
 _JOBS = (
     ("test_benchmarks", "test_ddp", "test_documents"),
-    ("test_doctor", "test_elastic", "test_runner", "test_wheel"),
+    ("test_elastic", "test_runner", "test_wheel"),
 )
 
 

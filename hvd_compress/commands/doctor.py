@@ -9,12 +9,13 @@ import os
 import statistics
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..transports.base import Transport
 from .facts import Facts, facts_of_this_process
-from .links import Link, measure
+from .launcher import launcher_of, rank_of
+from .links import Link, measure, measure_sums
 from .problems import cores_of, named_ranks, problems_of
 
 _LIMIT_SECONDS = 120
@@ -32,23 +33,6 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def launcher_of(environment: Mapping[str, str]) -> str | None:
-    """Who started this process as one of several ranks; None for nobody."""
-    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in environment:
-        return "horovodrun"
-    if "TORCHELASTIC_RUN_ID" in environment:
-        return "torchrun"
-    if any(name in environment for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
-        return "mpirun"
-    return None
-
-
-def _rank_of(environment: Mapping[str, str]) -> int:
-    """As the launcher tells it, before ranks have reached each other; 0 for one process."""
-    names = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "RANK")
-    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 0)
-
-
 def run(options: argparse.Namespace) -> int:
     with _ended_if_it_hangs():
         return _looked_at(options)
@@ -57,20 +41,22 @@ def run(options: argparse.Namespace) -> int:
 def _looked_at(options: argparse.Namespace) -> int:
     launcher = launcher_of(os.environ)
     mine = facts_of_this_process(launcher)
-    everyone, links, rank = [mine], [], _rank_of(os.environ)
+    everyone, links, sums, rank = [mine], [], None, rank_of(os.environ)
     try:
         transport = _connected(launcher, mine)
         if transport is not None:
             rank = transport.rank
             everyone = transport.gather_objects("hvd_compress.doctor.facts", mine).wait()
-            links = measure(transport) if transport.size > 1 else []
+            if transport.size > 1:
+                links, sums = measure(transport), measure_sums(transport, _horovods_sum(mine))
         problems = problems_of(everyone)
     except Exception as error:  # of any launcher's back end
         text = " ".join(str(error).split())
         problems = [*problems_of(everyone), f"ranks started by {launcher} cannot reach each other: {text}"]
     if rank == 0:
-        found = {"ranks": everyone, "links": links, "problems": problems}
-        print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(everyone, links, problems)), flush=True)
+        found = {"ranks": everyone, "links": links, "sums_bits_per_second": sums, "problems": problems}
+        lines = _lines(everyone, links, sums, problems)
+        print(json.dumps(found, indent=1) if options.json else "\n".join(lines), flush=True)
     return 1 if problems else 0
 
 
@@ -99,6 +85,15 @@ def _connected(launcher: str | None, mine: Facts) -> Transport | None:
     return None
 
 
+def _horovods_sum(mine: Facts) -> Callable[[Any], Any] | None:
+    """What Horovod adds up by, where MPI was asked in its place; None for what was asked."""
+    if mine["launcher"] != "mpirun" or not mine["horovod"] or "mpi4py.MPI" not in sys.modules:
+        return None
+    from mpi4py import MPI
+
+    return lambda tensor: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, tensor.numpy())
+
+
 @contextlib.contextmanager
 def _ended_if_it_hangs() -> Iterator[None]:
     def end() -> None:
@@ -114,7 +109,9 @@ def _ended_if_it_hangs() -> Iterator[None]:
         timer.cancel()
 
 
-def _lines(everyone: Sequence[Facts], links: Sequence[Link], problems: Sequence[str]) -> Iterator[str]:
+def _lines(
+    everyone: Sequence[Facts], links: Sequence[Link], sums: float | None, problems: Sequence[str]
+) -> Iterator[str]:
     first = everyone[0]
     yield f"hvd_compress {first['hvd_compress']}, Python {first['python']}, {first['system']}"
     yield f"torch {first['torch']}, numpy {first['numpy']}; {_listed(first['gpus']) or 'no GPUs'}"
@@ -135,6 +132,8 @@ def _lines(everyone: Sequence[Facts], links: Sequence[Link], problems: Sequence[
         cores, threads = _counted(cores_of(host, everyone), "core"), _counted(of_host["threads"], "thread")
         yield f"  {host}: {named_ranks(ranks)} on {cores}, of {threads} each"
     yield from _of_links(links)
+    if sums is not None:
+        yield f"sums of all ranks, by allreduce: {sums / 1e9:.3g} Gbit/s into each, as around a ring"
     yield "" if problems else "nothing needs a remedy"
     yield from (f"PROBLEM: {problem}" for problem in problems)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..transports.base import Transport
 _MOST_PAIRS = 28  # all of up to eight ranks; of more, each and the next
 _LATENCY_ROUNDS = 15
 _SIZES = (1 << 18, 1 << 22, 1 << 25)  # bytes; the next one where the last took less than _ENOUGH_SECONDS
-_ENOUGH_SECONDS = 0.02
+_ENOUGH_SECONDS = 0.2  # short messages pass through buffers faster than the network goes on at
 
 Link = dict[str, Any]  # ranks, seconds there and back, bits a second one way
 
@@ -31,6 +31,31 @@ def pairs_of(size: int) -> list[tuple[int, int]]:
 def measure(transport: Transport) -> list[Link]:
     """To be called on every rank; all of them get all links."""
     return [_measure(transport, pair) for pair in pairs_of(transport.size)]
+
+
+Add = Callable[[Tensor], Any]
+
+
+def measure_sums(transport: Transport, add: Add | None = None) -> float:
+    """Bits a second that come into each rank when all of them add up a large tensor: as many as around a ring.
+
+    add: how, in place and to its end; None for the transport's own allreduce.
+    """
+    add = add or (lambda tensor: transport.allreduce("hvd_compress.doctor.sum", tensor, ReduceOp.SUM).wait())
+    _seconds_of_sum(transport, add, 8)
+    for size in _SIZES:
+        seconds = min(_seconds_of_sum(transport, add, size) for _ in range(3))
+        if seconds > _ENOUGH_SECONDS:
+            break
+    return 8 * 2 * size * (transport.size - 1) / transport.size / seconds
+
+
+def _seconds_of_sum(transport: Transport, add: Add, size: int) -> float:
+    tensor = torch.zeros(size // 4)
+    _meet(transport, 0.0)
+    start = time.perf_counter()
+    add(tensor)
+    return _meet(transport, time.perf_counter() - start)
 
 
 def _measure(transport: Transport, pair: Sequence[int]) -> Link:

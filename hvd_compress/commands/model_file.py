@@ -16,11 +16,11 @@ from ..prediction import Compute
 
 _STEPS = 7  # the first two make memory
 
-Loss = Callable[[], Tensor]
+Loss = Callable[[nn.Module], Tensor]
 
 
 def load(text: str) -> tuple[nn.Module, Loss | None]:
-    """What FUNCTION of FILE returns: a model, or a model and a function that computes a loss with it.
+    """What FUNCTION of FILE returns: a model, or a pair of one and a function of a model that computes its loss.
 
     Raises ValueError for what cannot be had, with the reason.
     """
@@ -44,7 +44,7 @@ def load(text: str) -> tuple[nn.Module, Loss | None]:
     model, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (loss is None or callable(loss)):
         raise ValueError(
-            f"{text} must return a torch.nn.Module, or a pair of one and a function that computes a loss: {made!r}"
+            f"{text} must return a torch.nn.Module, or a pair, a model and a function of it that gives a loss: {made!r}"
         )
     return model, loss
 
@@ -55,7 +55,7 @@ def timed(model: nn.Module, loss: Loss) -> Compute:
     for _ in range(_STEPS):
         model.zero_grad()
         start = time.perf_counter()
-        value = loss()
+        value = loss(model)
         float(value.detach())
         middle = time.perf_counter()
         value.backward()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..log import log
-from ..prediction import PAYLOAD, PLAIN, Cluster, Compute, compared, recommended
-from . import model_file, quantities
+from ..prediction import PLAIN, Compute, compared, recommended
+from . import model_file, network, quantities
 from . import predict_report as report
 from .methods import method
 
@@ -33,14 +33,11 @@ def add_to(commands: Any) -> None:
     model.add_argument(
         "--model",
         metavar="FILE:FUNCTION",
-        help="a function that returns your model, or a pair: the model and a function that computes its loss",
+        help="a function that returns your model, or a pair: the model, and a function of it that computes its loss",
     )
     model.add_argument(
         "--parameters", type=quantities.count, metavar="25M", help="of a model of matrices of 1000 x 1000"
     )
-    parser.add_argument("--link", type=quantities.bytes_a_second, required=True, metavar="1gbit", help="of a node")
-    parser.add_argument("--ranks", type=int, required=True, metavar="N")
-    parser.add_argument("--per-node", type=int, default=1, metavar="G", help="ranks that share a link; default 1")
     parser.add_argument(
         "--backward",
         type=quantities.seconds,
@@ -53,14 +50,6 @@ def add_to(commands: Any) -> None:
         metavar="40ms",
         help="forward pass, optimizer and data of one step; default: half of the backward pass, or as measured",
     )
-    parser.add_argument("--latency", type=quantities.seconds, default=50e-6, metavar="50us", help="between two nodes")
-    parser.add_argument(
-        "--cycle",
-        type=quantities.seconds,
-        default=1e-3,
-        metavar="1ms",
-        help="HOROVOD_CYCLE_TIME; 0s for plain MPI and torchrun",
-    )
     parser.add_argument(
         "--methods",
         type=lambda text: text.split(","),
@@ -71,6 +60,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--adam", action="store_true", help="recommend nothing that was seen to slow Adam down")
     parser.add_argument("--json", action="store_true", help="all that was found, for programs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="step time by link and by ranks")
+    network.add_to(parser)
     parser.set_defaults(run=lambda options: _run(parser, options))
 
 
@@ -81,7 +71,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         if options.plot is not None:
             report.check_picture(options.plot)
         named, compute = _model(options)
-        cluster = Cluster(options.ranks, PAYLOAD * options.link, options.latency, options.per_node, options.cycle)
+        cluster = network.cluster_of(options)
         makers = {text: method(text) for text in dict.fromkeys([*PLAIN, *options.methods])}
         rows = compared(makers, named, cluster, compute)
         best, assumed = recommended(rows, adam=options.adam), report.assumptions(cluster, compute, named)

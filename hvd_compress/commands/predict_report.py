@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..prediction import GAIN, PAYLOAD, RATES, Cluster, Compute, Row, plain_of
+from ..prediction import GAIN, PAYLOAD, PLAIN, RATES, Cluster, Compute, Row, plain_of
 from ..prediction.work import Named
 
 _PLOTTED_RANKS = (2, 4, 8, 16, 32, 64)  # times those of a node
@@ -21,9 +21,9 @@ def assumptions(cluster: Cluster, compute: Compute, named: Named) -> list[str]:
     return [
         f"{numel:,} parameters in {len(named)} tensors, {cluster.ranks} ranks on "
         f"{cluster.ranks // cluster.ranks_per_node} nodes",
-        f"a link of {_rate(cluster.bandwidth / PAYLOAD)} a node, both ways at once, that nobody else uses, with "
-        f"{100 * PAYLOAD:.0f} % of it for payload; "
-        f"{1e6 * cluster.latency_seconds:.0f} us a message; sums go around a ring",
+        f"{_rate(cluster.bandwidth)} of payload each way at once into a node, that nobody else uses, "
+        f"{100 * PAYLOAD:.0f} % of what its link is called; {1e6 * cluster.latency_seconds:.0f} us a message",
+        f"sums go around a ring at {_rate(cluster.sum_bandwidth or cluster.bandwidth)}",
         f"a step of {1e3 * compute.seconds:.1f} ms without communication, in which gradients come evenly during "
         f"{1e3 * compute.backward_seconds:.1f} ms of backward",
         f"collectives start every {1e3 * cluster.cycle_seconds:.1f} ms, and follow one another",
@@ -38,7 +38,7 @@ def print_table(rows: Sequence[Row], best: Row, assumed: Sequence[str]) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError as error:
-        raise ImportError("tables need rich: pip install rich, or use --json") from error
+        raise ImportError("tables need rich: pip install rich, or ask for --json") from error
     none = next(row for row in rows if row.method == "none")
     table = Table("method", "topology", title="a step, as predicted")
     for head in _HEADS:
@@ -124,18 +124,19 @@ def check_picture(picture: Path) -> None:
 
 
 def plot(picture: Path, rows: Sequence[Row], named: Named, cluster: Cluster, compute: Compute) -> None:
-    """Step time by link and by ranks: of what Horovod has itself, and of the fastest methods by their fastest way."""
+    """Step time by link and by ranks: Horovod's own methods, and the fastest others, each on its best topology."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     by_link, by_ranks = figure.subplots(1, 2)
     rates = RATES[(RATES > 1e6) & (RATES < 2e10)]
     counts = [number * cluster.ranks_per_node for number in _PLOTTED_RANKS]
-    for row in _shown(rows):
-        line = "--" if row.plain else "-"
-        by_link.plot(8 * rates / PAYLOAD / 1e9, [1e3 * row.seconds_at(rate, cluster, compute) for rate in rates], line)
-        steps = [1e3 * row.seconds_with(count, named, cluster, compute) for count in counts]
-        by_ranks.plot(counts, steps, line, marker="o", label=row.name)
+    for method, ways in _shown(rows).items():
+        line = "--" if ways[0].plain else "-"
+        steps = [min(row.seconds_at(rate, cluster, compute) for row in ways) for rate in rates]
+        by_link.plot(8 * rates / PAYLOAD / 1e9, [1e3 * seconds for seconds in steps], line)
+        steps = [min(row.seconds_with(count, named, cluster, compute) for row in ways) for count in counts]
+        by_ranks.plot(counts, [1e3 * seconds for seconds in steps], line, marker="o", label=method)
     for axes in (by_link, by_ranks):
         axes.axhline(1e3 * compute.seconds, color="grey", linestyle=":")
         axes.set(xscale="log", yscale="log", ylabel="step, ms")
@@ -150,9 +151,9 @@ def plot(picture: Path, rows: Sequence[Row], named: Named, cluster: Cluster, com
     figure.savefig(picture)
 
 
-def _shown(rows: Sequence[Row]) -> list[Row]:
-    fastest: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: row.step.seconds):
-        fastest.setdefault(row.method, row)
-    plain = [row for row in fastest.values() if row.plain]
-    return plain + [row for row in fastest.values() if not row.plain][:_PLOTTED_METHODS]
+def _shown(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """By method all of its topologies."""
+    ways: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (not row.plain, row.step.seconds)):
+        ways.setdefault(row.method, []).append(row)
+    return dict(list(ways.items())[: _PLOTTED_METHODS + len(PLAIN)])

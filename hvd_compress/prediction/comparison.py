@@ -48,7 +48,7 @@ class Row:
 
     def seconds_at(self, rate: float, cluster: Cluster, compute: Compute) -> float:
         """Of a step where nodes have a link of `rate` bytes a second."""
-        return predicted(self.work, dataclasses.replace(cluster, bandwidth=rate), compute).seconds
+        return predicted(self.work, cluster.at(rate), compute).seconds
 
     def seconds_with(self, ranks: int, named: Named, cluster: Cluster, compute: Compute) -> float:
         """Of a step of so many ranks, whose work is measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ class Cluster:
 
     bandwidth: payload bytes a second of a node's link, each way at once.
     latency_seconds: of a message between two nodes.
+    sum_bandwidth: as bandwidth, of what adds up around a ring; None for the same.
     cycle_seconds: of the thread that starts collectives, Horovod's HOROVOD_CYCLE_TIME; 0 where they start at once.
 
     Raises ValueError for ranks that share one node, or do not fill their nodes.
@@ -28,6 +30,7 @@ class Cluster:
     latency_seconds: float = 50e-6
     ranks_per_node: int = 1
     cycle_seconds: float = 1e-3
+    sum_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
         if self.ranks < 2 or self.ranks <= self.ranks_per_node or self.ranks % self.ranks_per_node:
@@ -42,9 +45,17 @@ class Cluster:
 
         A sum comes into a node as one rank's, whose ring enters it once; all else as that of all its ranks.
         """
-        into_node = share * collective.outside_bytes * (1 if collective.kind == ALLREDUCE else self.ranks_per_node)
-        messages = math.ceil(math.log2(self.ranks)) * (2 if collective.kind == ALLREDUCE else 1)
-        return self.cycle_seconds / 2 + messages * self.latency_seconds + into_node / self.bandwidth
+        size, messages = share * collective.outside_bytes, math.ceil(math.log2(self.ranks))
+        if collective.kind == ALLREDUCE:
+            seconds = 2 * messages * self.latency_seconds + size / (self.sum_bandwidth or self.bandwidth)
+        else:
+            seconds = messages * self.latency_seconds + size * self.ranks_per_node / self.bandwidth
+        return self.cycle_seconds / 2 + seconds
+
+    def at(self, bandwidth: float) -> Cluster:
+        """With another link; sums are as much slower than the rest as they were."""
+        sums = None if self.sum_bandwidth is None else self.sum_bandwidth / self.bandwidth * bandwidth
+        return dataclasses.replace(self, bandwidth=bandwidth, sum_bandwidth=sums)
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,14 @@ def measured(make: Make, named: Named, ranks: int, ranks_per_node: int = 1, *, s
     recorder = Recorder(first.attached, ranks_per_node)
     first.telemetry.watch(records=1)
     generator = torch.Generator().manual_seed(0)
-    known = [{name: torch.randn(t.shape, generator=generator) for name, t in sample} for _ in range(_DIFFERENT)]
+    known = [{name: _like_gradients(t.shape, generator) for name, t in sample} for _ in range(_DIFFERENT)]
     spans: dict[str, list[float]] = {"encode": [], "decode": []}
+    mine = {name: torch.empty_like(gradient) for name, gradient in known[0].items()}
     for _ in range(steps):
         recorder.collectives.clear()
-        together.exchange([known[rank % _DIFFERENT] for rank in range(ranks)])
+        for name, gradient in mine.items():
+            gradient.copy_(known[0][name])
+        together.exchange([mine, *(known[rank % _DIFFERENT] for rank in range(1, ranks))], in_place=True)
         for compression in compressions:
             compression.settle()
         for kind, found in spans.items():
@@ -85,6 +88,11 @@ def measured(make: Make, named: Named, ranks: int, ranks_per_node: int = 1, *, s
         rounds=_rounds(recorder.collectives, scale),
         held_bytes=held.memory_needed().total_bytes,
     )
+
+
+def _like_gradients(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Cubes of normal numbers: few are large, as of gradients. AdaComp's bytes depend on it."""
+    return torch.randn(shape, generator=generator).pow_(3)
 
 
 def _sample(named: Named, most_elements: int) -> Named:

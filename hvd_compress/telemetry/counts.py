@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import export
+from .log_file import LogFile
 from .records import Collective, ParameterStep, StepSeconds, Traffic
 from .spans import Spans
 
@@ -27,6 +28,7 @@ class Telemetry:
     spans: Spans | None = None  # where the time went, once that is watched
     history: deque[ParameterStep | StepSeconds] = field(default_factory=lambda: deque(maxlen=0))
     errors: bool = False  # whether records have them
+    file: LogFile | None = None  # where records go
 
     def watch(self, *, records: int = 0, errors: bool = False) -> None:
         """From now on measure where the time goes, and keep the last `records` records: of parameters in a step.
@@ -43,10 +45,24 @@ class Telemetry:
         self.history = deque(self.history, maxlen=records)
         self.errors = errors
 
+    def write_to(self, path: str | Path) -> None:
+        """From now on append all records, as of `to_jsonl`, to a file: some thousands at a time, the rest at exit.
+
+        What `watch` keeps is kept besides. A file that cannot be written is told once, and then left alone.
+        """
+        if self.spans is None:
+            self.watch()
+        self.file = LogFile(path)
+
     @property
     def recording(self) -> bool:
-        """Whether records are kept."""
-        return self.history.maxlen != 0
+        """Whether records are kept or written."""
+        return self.history.maxlen != 0 or self.file is not None
+
+    def _keep(self, record: ParameterStep | StepSeconds) -> None:
+        self.history.append(record)
+        if self.file is not None:
+            self.file.add(record)
 
     def record(
         self,
@@ -65,21 +81,23 @@ class Telemetry:
         if compressed:
             self.compressed.add(raw_bytes, sent_bytes)
         if self.recording:
-            self.history.append(ParameterStep(step, name, raw_bytes, sent_bytes, rate, error))
+            self._keep(ParameterStep(step, name, raw_bytes, sent_bytes, rate, error))
 
     def settled(self, step: int) -> None:
         """Record where the time of `step` went, which is over."""
         if self.spans is not None and self.recording:
             now = dict(self.spans.seconds)
-            self.history.append(StepSeconds(step, **{kind: now[kind] - self._before[kind] for kind in now}))
+            self._keep(StepSeconds(step, **{kind: now[kind] - self._before[kind] for kind in now}))
             self._before = now
 
     def reset(self) -> None:
         """Forget all that was counted and recorded; go on recording what is watched."""
         watched, records, errors = self.spans is not None, self.history.maxlen or 0, self.errors
+        file = self.file
         self.__init__()  # type: ignore[misc]
         if watched:
             self.watch(records=records, errors=errors)
+        self.file = file
 
     def table(self) -> str:
         """Bytes, rates, errors and seconds a step as text."""

@@ -56,7 +56,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 def to_jsonl(records: Iterable[ParameterStep | StepSeconds], path: str | Path, *, append: bool) -> None:
     """Numbers that are not finite, which JSON has no words for, become null."""
-    lines = [json.dumps(_finite(asdict(record))) for record in records]
+    lines = [json.dumps(_finite(vars(record))) for record in records]
     if append:
         append_lines(path, lines)
         return

@@ -25,7 +25,8 @@ def found(output):
 def test_ranks_find_each_other_and_measure_their_link(launcher, told, absent):
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks on one core are a problem, and it says so")
-    ended = run_program(launcher, 2, SCRIPTS / "doctor.py", *absent, timeout_seconds=60)
+    doctor = [",".join(absent) or "-", "doctor", "--json"]
+    ended = run_program(launcher, 2, SCRIPTS / "command.py", *doctor, timeout_seconds=60)
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []
     facts = found(ended.of_rank(0))
@@ -36,11 +37,12 @@ def test_ranks_find_each_other_and_measure_their_link(launcher, told, absent):
     (link,) = facts["links"]
     assert link["ranks"] == [0, 1]
     assert link["bits_per_second"] > 1e6
+    assert facts["sums_bits_per_second"] > 1e6
     assert not ended.of_rank(1).strip()
 
 
 def test_one_process_without_other_packages_and_kernels_is_told_what_to_do():
-    command = [sys.executable, "-W", "ignore", str(SCRIPTS / "doctor.py"), "horovod", "mpi4py"]
+    command = [sys.executable, "-W", "ignore", str(SCRIPTS / "command.py"), "horovod,mpi4py", "doctor", "--json"]
     ended = start(command, HVD_COMPRESS_KERNELS="torch").end(60)
     assert ended.code == 1, str(ended)
     (problem,) = found(ended.output)["problems"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,38 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression
-from hvd_compress.environment import LOG, OFF, is_off
+from hvd_compress.environment import LOG, OFF, TELEMETRY, is_off
 from hvd_compress.local import LocalRanks
 from hvd_compress.training import Masks
 
 from .drive import random
+
+TRAINED = """
+import torch
+from hvd_compress import Compression
+from hvd_compress.local import LocalRanks
+
+for _ in range(2):
+    ranks = LocalRanks([Compression.topk([("w", torch.zeros(50, 60))]) for _ in range(2)])
+    for _ in range(3):
+        ranks.exchange([{"w": torch.randn(50, 60)} for _ in range(2)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("run.jsonl", ["run.1.jsonl", "run.jsonl"]),
+        ("rank{rank}.jsonl", ["rank0.1.jsonl", "rank0.jsonl", "rank1.1.jsonl", "rank1.jsonl"]),
+    ],
+)
+def test_telemetry_is_written_by_the_time_the_process_has_ended(tmp_path, name, files):
+    environment = os.environ | {TELEMETRY: str(tmp_path / name)}
+    subprocess.run([sys.executable, "-c", TRAINED], env=environment, check=True, cwd=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    for file in files:
+        steps = [json.loads(line)["step"] for line in (tmp_path / file).read_text().splitlines()]
+        assert steps == [0, 0, 1, 1, 2]  # the last one has not ended: seconds are those of whole steps
 
 
 @pytest.mark.parametrize(

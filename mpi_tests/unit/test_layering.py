@@ -47,6 +47,7 @@ LAYERS = [
 ]
 # Who may reach for the other side of a layer.
 SIDEWAYS = {("mpi", "compression")}
+COMMANDS = {"hvd_compress.commands.doctor", "hvd_compress.commands.training"}  # that a launcher starts
 PACKAGES = {
     "commands",
     "prediction",
@@ -108,7 +109,11 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
     allowed = {
         "commands": {
             f"hvd_compress.commands.{name}"
-            for name in ("facts", "links", "problems", "methods", "model_file", "quantities", "predict_report")
+            for name in (
+                *("facts", "launcher", "links", "problems", "training"),
+                *("methods", "model_file", "network", "quantities", "predict_report"),
+                "run_file",
+            )
         },
         "prediction": {f"hvd_compress.prediction.{name}" for name in ("traffic", "work", "timeline")},
         "compressors": {f"hvd_compress.compressors.{name}" for name in ("base", "entries", "footprint")},
@@ -127,7 +132,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             f"hvd_compress.adaptive.{name}"
             for name in ("controller", "costs", "journal", "lasting", "layers", "link", "options", "policies", "solver")
         },
-        "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "records", "spans")},
+        "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "log_file", "records", "spans")},
         "training": {f"hvd_compress.training.{name}" for name in ("masks", "momentum", "schedule")},
     }
     for module in MODULES:
@@ -139,8 +144,8 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
 @pytest.mark.parametrize(
     ("library", "modules", "lazily"),
     [
-        ("horovod", {"hvd_compress.transports.horovod"}, {"hvd_compress.elastic", "hvd_compress.commands.doctor"}),
-        ("mpi4py", {"hvd_compress.mpi", "hvd_compress.transports.mpi"}, {"hvd_compress.commands.doctor"}),
+        ("horovod", {"hvd_compress.transports.horovod"}, {"hvd_compress.elastic", *COMMANDS}),
+        ("mpi4py", {"hvd_compress.mpi", "hvd_compress.transports.mpi"}, COMMANDS),
     ],
 )
 def test_only_their_own_modules_import_the_communication_libraries(library, modules, lazily):

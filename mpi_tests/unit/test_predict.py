@@ -17,8 +17,7 @@ def plain():
     return torch.nn.Linear(WIDTH, WIDTH)
 
 def pair():
-    model = plain()
-    return model, lambda: model(torch.randn(8, WIDTH)).square().mean()
+    return plain(), lambda model: model(torch.randn(8, WIDTH)).square().mean()
 
 def nothing():
     return 1
@@ -61,7 +60,7 @@ def test_a_table_ends_with_a_recommendation_and_has_no_control_codes(capsys):
     assert "topk:density=0.05" in shown
     assert "recommended: " in shown.splitlines()[-1]
     assert "250,000 parameters in 1 tensors" in " ".join(shown.split())
-    assert "100 Mbit/s a node" in shown
+    assert "94 Mbit/s of payload" in shown
 
 
 def test_as_json_it_has_all_numbers(capsys):
@@ -87,6 +86,55 @@ def test_a_plot_is_written(capsys, model, tmp_path):
     assert predict("--model", f"{model}:plain", "--backward", "1ms", "--plot", str(picture)) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.splitlines()[-1] == f"plot: {picture}"
+
+
+def told_by_doctor(path: Path, hosts: str, *links: tuple[int, int, float]) -> Path:
+    """Ranks by the letters of their hosts; links in Gbit/s."""
+    found = {
+        "ranks": [{"host": host} for host in hosts],
+        "links": [
+            {"ranks": [a, b], "latency_seconds": 1e-4 * b, "bits_per_second": 1e9 * rate} for a, b, rate in links
+        ],
+        "sums_bits_per_second": 4e8,
+    }
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_the_network_is_what_doctor_found_unless_it_is_told(capsys, tmp_path):
+    path = told_by_doctor(tmp_path / "doctor.json", "aabb", (0, 1, 0.1), (0, 2, 2.0), (1, 2, 0.8))
+    command = ["predict", "--methods", "qsgd", "--parameters", "250K", "--backward", "9ms", "--json"]
+    assert main([*command, "--doctor", str(path)]) == 0
+    found = json.loads(capsys.readouterr().out)["cluster"]
+    measured = {"ranks": 4, "ranks_per_node": 2, "bandwidth": 1e8, "latency_seconds": 2e-4, "sum_bandwidth": 5e7}
+    assert found == measured | {"cycle_seconds": 1e-3}
+    assert main([*command, "--doctor", str(path), "--ranks", "16", "--latency", "1ms"]) == 0
+    assert json.loads(capsys.readouterr().out)["cluster"] == found | {"ranks": 16, "latency_seconds": 1e-3}
+    assert main([*command, "--doctor", str(path), "--link", "100mbit"]) == 0
+    named = json.loads(capsys.readouterr().out)["cluster"]
+    assert named == found | {"bandwidth": pytest.approx(0.94 * 12.5e6), "sum_bandwidth": None}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "links", "told"),
+    [
+        ("aa", [(0, 1, 1.0)], "no link between two nodes"),
+        ("aab", [(1, 2, 1.0)], "unlike numbers of ranks on its nodes, [1, 2]: give --per-node"),
+        ("a", [(0, 1, 1.0)], "is not what hvd-compress doctor --json prints"),
+    ],
+)
+def test_what_doctor_found_must_be_of_a_network(capsys, tmp_path, hosts, links, told):
+    path = told_by_doctor(tmp_path / "doctor.json", hosts, *links)
+    command = ["predict", "--parameters", "1M", "--backward", "1ms", "--doctor", str(path)]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert told in capsys.readouterr().err
+
+
+def test_without_a_network_it_asks_for_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--parameters", "1M", "--backward", "1ms"])
+    assert "give --link and --ranks, or --doctor" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,13 @@ def test_a_sum_goes_around_a_ring_and_all_else_to_every_rank_of_a_node():
     assert cluster.seconds(collective("alltoall", 1000), share=0.5) == pytest.approx(1e-3 + 3 * 1e-3 + 2e-3)
 
 
+def test_sums_may_be_slower_than_the_link_and_stay_so_on_another():
+    cluster = dataclasses.replace(SLOW, sum_bandwidth=5e5)
+    assert cluster.seconds(collective("allreduce", 1000)) == pytest.approx(2e-3)
+    assert cluster.seconds(collective("alltoall", 1000)) == pytest.approx(1e-3)
+    assert cluster.at(4e6).seconds(collective("allreduce", 1000)) == pytest.approx(0.5e-3)
+
+
 def test_without_overlap_a_step_is_the_sum_of_its_parts():
     of = work((collective(),), (collective("allreduce", 500.0, 1),), encode=0.003, decode=0.004)
     step = predicted(of, SLOW, Compute(0.05, 0.02), python_seconds=0.001)

@@ -339,6 +339,48 @@ def test_json_lines_can_be_read_back_and_appended_to(tmp_path):
     assert len(path.read_text().splitlines()) == len(lines)
 
 
+def written(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_gets_all_records_whatever_is_kept_besides(tmp_path):
+    telemetry, path = Telemetry(), tmp_path / "run.jsonl"
+    telemetry.write_to(path)
+    telemetry.watch(records=10)
+    for step in range(3000):
+        telemetry.record("w", 400, 40, compressed=True, step=step, rate=0.1)
+        telemetry.settled(step)
+        if step == 2000:
+            telemetry.reset()
+    assert len(telemetry.history) == 10
+    kept = len(written(path))
+    assert 0 < kept < 6000  # the rest is written when nobody can add to it any more
+    del telemetry
+    gc.collect()
+    lines = written(path)
+    assert [line["step"] for line in lines] == [step for step in range(3000) for _ in range(2)]
+    assert lines[0] == {
+        "step": 0,
+        "parameter": "w",
+        "raw_bytes": 400,
+        "sent_bytes": 40,
+        "rate": 0.1,
+        "error": None,
+    }
+
+
+def test_a_file_that_cannot_be_written_is_told_once_and_ends_no_training(tmp_path, caplog):
+    telemetry = Telemetry()
+    telemetry.write_to(tmp_path / "nowhere" / "run.jsonl")
+    for step in range(9000):
+        telemetry.record("w", 400, 40, compressed=True, step=step)
+    del telemetry
+    gc.collect()
+    (told,) = caplog.messages
+    assert "telemetry is not written any longer" in told
+    assert "nowhere" in told
+
+
 class Writer:
     def __init__(self):
         self.scalars = []
