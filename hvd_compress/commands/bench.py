@@ -56,6 +56,8 @@ def add_to(commands: Any) -> None:
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     try:
+        if model_file.load(options.model)[1] is None:
+            raise ValueError(f"{options.model} must return a pair: a model, and a function of it that computes a loss")
         way = way_of(launcher_of(os.environ))
         if way.transport.size == 1:
             raise ValueError("one rank has nobody to exchange gradients with: start at least two")
@@ -72,14 +74,13 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _all(options: argparse.Namespace, way: Way) -> list[Trained]:
-    """Raises ValueError for a model or a method that cannot be, on every rank alike."""
+    """Raises ValueError for a method that cannot be, on every rank alike."""
     makers = {text: method(text) for text in dict.fromkeys([*PLAIN, *options.methods])}
     trained = []
     for text, make in makers.items():
         torch.manual_seed(0)
         model, loss = model_file.load(options.model)
-        if loss is None:
-            raise ValueError(f"{options.model} must return a pair: a model, and a function of it that computes a loss")
+        assert loss is not None
         compression = None if text in way.plain else make(named(text, model))
         trained.append(Trained(text, model, loss, compression, way))
     return trained

@@ -19,7 +19,7 @@ from .traffic import Collective, Recorder
 Named = Sequence[tuple[str, Tensor]]
 Make = Callable[[Iterable[tuple[str, Tensor]]], GradientCompression]
 
-MOST_ELEMENTS = 1 << 26  # of all simulated ranks together; of larger models some tensors stand for all
+MOST_ELEMENTS = 1 << 24  # of all simulated ranks together; of larger models some tensors stand for all
 _DIFFERENT = 4  # gradients; as many ranks as there are share each
 _STEPS = 5  # the first two make memory
 

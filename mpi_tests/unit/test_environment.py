@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression
-from hvd_compress.environment import LOG, OFF, TELEMETRY, is_off
+from hvd_compress.environment import LOG, OFF, TELEMETRY, is_off, telemetry_file
 from hvd_compress.local import LocalRanks
 from hvd_compress.training import Masks
 
@@ -30,20 +30,21 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "files"),
-    [
-        ("run.jsonl", ["run.1.jsonl", "run.jsonl"]),
-        ("rank{rank}.jsonl", ["rank0.1.jsonl", "rank0.jsonl", "rank1.1.jsonl", "rank1.jsonl"]),
-    ],
-)
-def test_telemetry_is_written_by_the_time_the_process_has_ended(tmp_path, name, files):
-    environment = os.environ | {TELEMETRY: str(tmp_path / name)}
+def test_telemetry_is_written_by_the_time_the_process_has_ended(tmp_path):
+    environment = os.environ | {TELEMETRY: str(tmp_path / "rank{rank}.jsonl")}
     subprocess.run([sys.executable, "-c", TRAINED], env=environment, check=True, cwd=tmp_path)
+    files = ["rank0.1.jsonl", "rank0.jsonl", "rank1.1.jsonl", "rank1.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     for file in files:
         steps = [json.loads(line)["step"] for line in (tmp_path / file).read_text().splitlines()]
         assert steps == [0, 0, 1, 1, 2]  # the last one has not ended: seconds are those of whole steps
+
+
+def test_without_a_place_for_its_rank_telemetry_is_that_of_rank_0(tmp_path):
+    where = {TELEMETRY: str(tmp_path / "run.jsonl")}
+    assert telemetry_file(1, where) is None
+    assert [telemetry_file(0, where) for _ in range(2)] == [tmp_path / "run.jsonl", tmp_path / "run.1.jsonl"]
+    assert telemetry_file(0, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""hvd-compress predict, as a user calls it."""
+"""hvd-compress predict, as a user calls it, and what bench refuses."""
 
 import json
 from pathlib import Path
@@ -171,3 +171,13 @@ def test_what_cannot_be_is_told_with_what_can(capsys, arguments, told):
 )
 def test_of_a_model_that_cannot_be_had_the_reason_is_told(capsys, model, function, told):
     assert told in refused(capsys, "--model", f"{model}:{function}")
+
+
+@pytest.mark.parametrize(
+    ("function", "told"), [("plain", "must return a pair"), ("pair", "start it by a launcher"), ("broken", "no data")]
+)
+def test_bench_asks_for_a_loss_and_a_launcher_before_it_waits_for_anybody(capsys, model, function, told):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--model", f"{model}:{function}"])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
