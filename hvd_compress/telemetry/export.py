@@ -56,7 +56,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 def to_jsonl(records: Iterable[ParameterStep | StepSeconds], path: str | Path, *, append: bool) -> None:
     """Numbers that are not finite, which JSON has no words for, become null."""
-    lines = [json.dumps(_finite(vars(record))) for record in records]
+    lines = [_encoded(vars(record)) for record in records]
     if append:
         append_lines(path, lines)
         return
@@ -86,10 +86,17 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
-    }
+def _encoded(fields: Mapping[str, Any]) -> str:
+    try:
+        return _encode(fields)
+    except ValueError:  # a number that is not finite
+        unknown = {
+            name: None for name, value in fields.items() if isinstance(value, float) and not math.isfinite(value)
+        }
+        return _encode({**fields, **unknown})
+
+
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 def to_tensorboard(records: Iterable[ParameterStep | StepSeconds], writer: Any) -> None:
