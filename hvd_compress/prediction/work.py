@@ -44,6 +44,11 @@ class Work:
         return sum(collective.received_bytes for collectives in self.rounds for collective in collectives)
 
     @property
+    def outside_bytes(self) -> float:
+        """Of these, from other nodes."""
+        return sum(collective.outside_bytes for collectives in self.rounds for collective in collectives)
+
+    @property
     def buckets(self) -> int:
         return max(1, round(4 * self.parameters / self.bucket_bytes))
 

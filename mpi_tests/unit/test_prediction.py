@@ -54,7 +54,7 @@ def test_of_a_hierarchy_only_what_comes_from_other_nodes_is_on_the_link():
     found = measured(lambda named: Compression.qsgd(named, **options), NAMED, 4, 2)
     inside, *_, last = [sum(each.outside_bytes for each in collectives) for collectives in found.rounds]
     assert inside == last == 0
-    assert sum(each.outside_bytes for collectives in found.rounds for each in collectives) > 0
+    assert 0 < found.outside_bytes < 0.1 * found.received_bytes  # inside, gradients are float32
 
 
 def test_a_sum_goes_around_a_ring_and_all_else_to_every_rank_of_a_node():
