@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hvd_compress import Compression, GradientCompression
+from hvd_compress.commands import methods
 
 _VOCABULARY, _WIDTH, _LAYERS, _LENGTH = 6000, 512, 6, 64
 
@@ -64,6 +64,7 @@ PEERS = (
     *("bound", "horovod-none", "horovod-fp16"),
     *("ddp-none", "ddp-fp16", "ddp-powersgd1", "ddp-powersgd4"),
 )
+_LGRECO = ("lgreco-bytes", "lgreco-time")
 
 
 class Trained:
@@ -109,14 +110,12 @@ def ours(method: str) -> Callable[[Any], GradientCompression]:
 
     Raises ValueError for what is none.
     """
-    name, *options = method.split(":")
-    if name in ("lgreco-bytes", "lgreco-time"):
+    name = method.partition(":")[0]
+    if name in _LGRECO:
         return functools.partial(_lgreco, name.removeprefix("lgreco-"))
-    if name.startswith("_") or not hasattr(Compression, name):
-        known = [*PEERS, *(n for n in vars(Compression) if not n.startswith("_")), "lgreco-bytes", "lgreco-time"]
-        raise ValueError(f"no such method: {method} (choose from {', '.join(known)})")
-    values = {option: ast.literal_eval(value) for option, _, value in (part.partition("=") for part in options)}
-    return lambda named: getattr(Compression, name)(named, **values)
+    if name not in methods.NAMES:
+        raise ValueError(f"no such method: {method} (choose from {', '.join((*PEERS, *methods.NAMES, *_LGRECO))})")
+    return methods.method(method)
 
 
 def _lgreco(objective: str, named: Any) -> GradientCompression:

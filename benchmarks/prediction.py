@@ -22,6 +22,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from hvd_compress.commands.model_file import timed
+from hvd_compress.commands.network import speed_of
 from hvd_compress.prediction import Cluster, Compute, measured, predicted
 from report import read_rows, write_rows
 
@@ -57,10 +58,8 @@ def compared(rows: Sequence[Row]) -> Iterator[Row]:
 
 def cluster_of(row: Row) -> Cluster:
     """As doctor has measured it; the hosts of the emulated network share a name."""
-    links, sums = row["doctor"]["links"], row["doctor"]["sums_bits_per_second"]
-    slowest = min(link["bits_per_second"] for link in links) / 8
-    latency = max(link["latency_seconds"] for link in links)
-    return Cluster(row["hosts"], slowest, latency, sum_bandwidth=sums / 8)
+    found = row["doctor"]
+    return Cluster(row["hosts"], **speed_of(found["links"], found["sums_bits_per_second"]))
 
 
 def _same(one: Row, other: Row) -> bool:

@@ -22,6 +22,7 @@ from network_methods import ours
 from rich.console import Console
 from rich.table import Table
 
+from hvd_compress.commands import quantities
 from hvd_compress.local import LocalRanks
 from hvd_compress.prediction import Recorder
 from report import write_rows
@@ -103,11 +104,6 @@ def growth(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _number(text: str) -> int:
-    factor = {"K": 10**3, "M": 10**6}.get(text[-1:].upper(), 1)
-    return round(float(text[:-1] if factor > 1 else text) * factor)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given = os.environ
@@ -115,7 +111,9 @@ def parse() -> argparse.Namespace:
     for name, default in several.items():
         value = given.get(name.upper()) or default
         parser.add_argument(f"--{name}", default=value, type=lambda text: text.split(","))
-    parser.add_argument("--parameters", default=given.get("PARAMETERS") or "1M", type=_number, help="such as 250K, 10M")
+    parser.add_argument(
+        "--parameters", default=given.get("PARAMETERS") or "1M", type=quantities.count, help="such as 250K, 10M"
+    )
     parser.add_argument("--steps", default=int(given.get("STEPS") or 3), type=int)
     parser.add_argument("--out", type=Path, default=given.get("OUT") or None, help="JSON")
     options = parser.parse_args()

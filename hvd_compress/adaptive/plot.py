@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..pictures import figure
 from . import journal
 
 
@@ -16,13 +17,9 @@ def plot_rates(log: str | Path, picture: str | Path) -> None:
     ImportError without it, and ValueError for a file that is no log of plans.
     """
     plans = journal.read(Path(log))
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    _draw(figure.subplots(), plans)
-    figure.savefig(Path(picture))
+    drawn = figure(figsize=(9, 5))
+    _draw(drawn.subplots(), plans)
+    drawn.savefig(Path(picture))
 
 
 def _draw(axes: Any, plans: dict[int, dict[str, float]]) -> None:

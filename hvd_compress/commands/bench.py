@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..prediction import PLAIN
-from ..requests import ReduceOp
 from ..transports.base import Transport
-from . import model_file
+from . import methods, model_file, tables
 from .launcher import launcher_of
-from .methods import method
+from .links import slowest
 from .training import Trained, Way, named, way_of
 
 _METHODS = "qsgd,terngrad,topk,powersgd"
@@ -41,13 +40,7 @@ def add_to(commands: Any) -> None:
         metavar="FILE:FUNCTION",
         help="a function that returns a pair: a model, and a function of a model that computes its loss",
     )
-    parser.add_argument(
-        "--methods",
-        type=lambda text: text.split(","),
-        default=_METHODS.split(","),
-        metavar="NAME[:OPTION=VALUE...],...",
-        help=f"besides none and fp16; default: {_METHODS}",
-    )
+    methods.add_to(parser, _METHODS)
     parser.add_argument("--seconds", type=float, default=30.0, help="for all rounds, about; default 30")
     parser.add_argument("--json", action="store_true", help="all that was measured, for programs")
     parser.set_defaults(run=lambda options: _run(parser, options))
@@ -56,12 +49,17 @@ def add_to(commands: Any) -> None:
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     try:
-        if model_file.load(options.model)[1] is None:
-            raise ValueError(f"{options.model} must return a pair: a model, and a function of it that computes a loss")
+        if not options.json:
+            tables.check()
+        makers = methods.makers_of(options.methods)
+        models = _models(options.model, len(makers))
         way = way_of(launcher_of(os.environ))
         if way.transport.size == 1:
             raise ValueError("one rank has nobody to exchange gradients with: start at least two")
-        trained = _all(options, way)
+        trained = [
+            Trained(text, *model, None if text in way.plain else make(named(text, model[0])), way)
+            for (text, make), model in zip(makers.items(), models)
+        ]
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     rows = _rounds(trained, way.transport, options.seconds)
@@ -73,17 +71,17 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _all(options: argparse.Namespace, way: Way) -> list[Trained]:
-    """Raises ValueError for a method that cannot be, on every rank alike."""
-    makers = {text: method(text) for text in dict.fromkeys([*PLAIN, *options.methods])}
-    trained = []
-    for text, make in makers.items():
+def _models(text: str, count: int) -> list[tuple[nn.Module, model_file.Loss]]:
+    """So many alike. Raises ValueError for models without a loss."""
+    make = model_file.maker(text)
+    models = []
+    for _ in range(count):
         torch.manual_seed(0)
-        model, loss = model_file.load(options.model)
-        assert loss is not None
-        compression = None if text in way.plain else make(named(text, model))
-        trained.append(Trained(text, model, loss, compression, way))
-    return trained
+        model, loss = make()
+        if loss is None:
+            raise ValueError(f"{text} must return a pair: a model, and a function of it that computes a loss")
+        models.append((model, loss))
+    return models
 
 
 def _rounds(trained: Sequence[Trained], transport: Transport, seconds: float) -> list[dict[str, Any]]:
@@ -128,16 +126,11 @@ def _sent(trained: Trained) -> int | None:
 
 def _block(trained: Trained, steps: int, transport: Transport) -> float:
     """Seconds of a step on the slowest rank, the same number on all."""
-    _slowest(transport, 0.0)
+    slowest(transport, 0.0)
     start = time.perf_counter()
     for _ in range(steps):
         trained.step()
-    return _slowest(transport, (time.perf_counter() - start) / steps)
-
-
-def _slowest(transport: Transport, seconds: float) -> float:
-    together = transport.allreduce("hvd_compress.bench.slowest", torch.tensor([seconds]), ReduceOp.MAX)
-    return float(together.wait())
+    return slowest(transport, (time.perf_counter() - start) / steps)
 
 
 @contextlib.contextmanager

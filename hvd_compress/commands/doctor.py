@@ -69,7 +69,7 @@ def _connected(launcher: str | None, mine: Facts) -> Transport | None:
 
         dist.init_process_group("gloo")
         return TorchTransport()
-    if launcher == "mpirun" and mine["mpi"] and "error" not in mine["mpi"]:
+    if _by_mpi(mine):
         from mpi4py import MPI
 
         from ..transports.mpi import MPITransport
@@ -85,9 +85,13 @@ def _connected(launcher: str | None, mine: Facts) -> Transport | None:
     return None
 
 
+def _by_mpi(mine: Facts) -> bool:
+    return bool(mine["launcher"] == "mpirun" and mine["mpi"] and "error" not in mine["mpi"])
+
+
 def _horovods_sum(mine: Facts) -> Callable[[Any], Any] | None:
     """What Horovod adds up by, where MPI was asked in its place; None for what was asked."""
-    if mine["launcher"] != "mpirun" or not mine["horovod"] or "mpi4py.MPI" not in sys.modules:
+    if not mine["horovod"] or not _by_mpi(mine):
         return None
     from mpi4py import MPI
 

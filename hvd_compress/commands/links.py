@@ -52,10 +52,10 @@ def measure_sums(transport: Transport, add: Add | None = None) -> float:
 
 def _seconds_of_sum(transport: Transport, add: Add, size: int) -> float:
     tensor = torch.zeros(size // 4)
-    _meet(transport, 0.0)
+    slowest(transport, 0.0)
     start = time.perf_counter()
     add(tensor)
-    return _meet(transport, time.perf_counter() - start)
+    return slowest(transport, time.perf_counter() - start)
 
 
 def _measure(transport: Transport, pair: Sequence[int]) -> Link:
@@ -75,13 +75,13 @@ def _seconds(transport: Transport, pair: Sequence[int], size: int) -> float:
     if transport.rank in pair:
         (other,) = set(pair) - {transport.rank}
         parts = [[torch.zeros(size, dtype=torch.uint8)] if rank == other else nothing for rank in range(transport.size)]
-    _meet(transport, 0.0)
+    slowest(transport, 0.0)
     start = time.perf_counter()
     transport.alltoall("hvd_compress.doctor.link", parts).wait()
-    return _meet(transport, time.perf_counter() - start if transport.rank in pair else 0.0)
+    return slowest(transport, time.perf_counter() - start if transport.rank in pair else 0.0)
 
 
-def _meet(transport: Transport, seconds: float) -> float:
-    """Wait for all ranks; the longest of their times."""
-    longest = transport.allreduce("hvd_compress.doctor.meet", torch.tensor([seconds]), ReduceOp.MAX).wait()
+def slowest(transport: Transport, seconds: float) -> float:
+    """Wait for all ranks; the longest of their times, the same number on all."""
+    longest = transport.allreduce("hvd_compress.slowest", torch.tensor([seconds]), ReduceOp.MAX).wait()
     return float(longest)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 from ..compression import Compression
 from ..gradient_compression import GradientCompression
+from ..prediction import PLAIN, Maker
 
 _OF_OTHERS = {"masked", "lgreco", "accordion"}  # which need masks, or a compression whose rates they choose
 NAMES = tuple(name for name in vars(Compression) if not name.startswith("_") and name not in _OF_OTHERS)
 
 
-def method(text: str) -> Callable[..., GradientCompression]:
+def add_to(parser: argparse.ArgumentParser, default: str) -> None:
+    """The option --methods. What is compared is compared with none and fp16."""
+    parser.add_argument(
+        "--methods",
+        type=lambda text: text.split(","),
+        default=default.split(","),
+        metavar="NAME[:OPTION=VALUE...],...",
+        help=f"besides none and fp16; default: {default}",
+    )
+
+
+def makers_of(texts: Iterable[str]) -> dict[str, Maker]:
+    """By what they are called: none, fp16, and these. Raises ValueError for what is none."""
+    return {text: method(text) for text in dict.fromkeys([*PLAIN, *texts])}
+
+
+def method(text: str) -> Maker:
     """A function that makes it for named parameters, and takes further options.
 
     Raises ValueError for what is none.

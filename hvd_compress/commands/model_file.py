@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ _STEPS = 7  # the first two make memory
 Loss = Callable[[nn.Module], Tensor]
 
 
-def load(text: str) -> tuple[nn.Module, Loss | None]:
-    """What FUNCTION of FILE returns: a model, or a pair of one and a function of a model that computes its loss.
+def maker(text: str) -> Callable[[], tuple[nn.Module, Loss | None]]:
+    """Run FILE once; returns what calls FUNCTION for a model, or a pair of one and a function of it that gives a loss.
 
-    Raises ValueError for what cannot be had, with the reason.
+    It, too, raises ValueError for what cannot be had, with the reason.
     """
     path, _, name = text.rpartition(":")
     if not path or not name.isidentifier():
@@ -33,20 +34,33 @@ def load(text: str) -> tuple[nn.Module, Loss | None]:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).resolve().parent))  # as if it were run, for what it imports
-    try:
+    with _of_the_user(text, path):
         spec.loader.exec_module(module)
-        made = getattr(module, name)()
-    except Exception as error:  # of the user's own code
+
+    def make() -> tuple[nn.Module, Loss | None]:
+        with _of_the_user(text, path):
+            made = getattr(module, name)()
+        model, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        if not isinstance(model, nn.Module) or not (loss is None or callable(loss)):
+            raise ValueError(
+                f"{text} must return a torch.nn.Module, or a pair, a model and a function of it that gives a loss: "
+                f"{made!r}"
+            )
+        return model, loss
+
+    return make
+
+
+@contextlib.contextmanager
+def _of_the_user(text: str, path: str) -> Iterator[None]:
+    """The user's own code, as if FILE were run, for what it imports."""
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    try:
+        yield
+    except Exception as error:
         raise ValueError(f"{text}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
-    model, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module) or not (loss is None or callable(loss)):
-        raise ValueError(
-            f"{text} must return a torch.nn.Module, or a pair, a model and a function of it that gives a loss: {made!r}"
-        )
-    return model, loss
 
 
 def timed(model: nn.Module, loss: Loss) -> Compute:

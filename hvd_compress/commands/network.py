@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..prediction import PAYLOAD, Cluster
 from . import quantities
+from .links import Link
 
 _LATENCY_SECONDS, _CYCLE_SECONDS = 50e-6, 1e-3
 
@@ -55,7 +57,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    """Of links between nodes the slowest, which all others wait for."""
+    """The nodes, and the speed of the links between them."""
     try:
         found = json.loads(path.read_text())
         hosts = [facts["host"] for facts in found["ranks"]]
@@ -71,7 +73,13 @@ def _measured(path: Path) -> dict[str, Any]:
     return {
         "ranks": len(hosts),
         "ranks_per_node": per_node.pop(),
+    } | speed_of(links, sums)
+
+
+def speed_of(links: Sequence[Link], sums_bits_per_second: float) -> dict[str, float]:
+    """Of a Cluster: that of the slowest link, which all others wait for."""
+    return {
         "bandwidth": min(link["bits_per_second"] for link in links) / 8,
         "latency_seconds": max(link["latency_seconds"] for link in links),
-        "sum_bandwidth": sums / 8,
+        "sum_bandwidth": sums_bits_per_second / 8,
     }

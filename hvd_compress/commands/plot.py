@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..pictures import figure
 from .run_file import SPANS, Run, read
 
 _PAGES = (".html", ".htm")
@@ -33,11 +34,11 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     out = options.out or options.file.with_suffix(".png")
     try:
         run = read(options.file)
-        figure = _figure(run)
+        drawn = _drawn(run)
         if out.suffix in _PAGES:
-            out.write_text(_page(run, options.file.name, figure), encoding="utf-8")
+            out.write_text(_page(run, options.file.name, drawn), encoding="utf-8")
         else:
-            figure.savefig(out)
+            drawn.savefig(out)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     print("\n".join(": ".join(line) for line in _summary(run).items()))
@@ -45,19 +46,15 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _figure(run: Run) -> Any:
+def _drawn(run: Run) -> Any:
     """Panels of what there is: bytes, time, rates and errors by step."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     panels = [_bytes, *([_time] if run.seconds else []), *([_rates] if run.rates else [])]
     panels += [_errors] if run.errors else []
-    figure = Figure(figsize=(10, 3.2 * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+    drawn = figure(figsize=(10, 3.2 * len(panels)))
+    for axes, panel in zip(drawn.subplots(len(panels), squeeze=False)[:, 0], panels):
         panel(axes, run)
         axes.grid(alpha=0.3)
-    return figure
+    return drawn
 
 
 def _bytes(axes: Any, run: Run) -> None:
@@ -113,10 +110,10 @@ def _summary(run: Run) -> dict[str, str]:
     return found
 
 
-def _page(run: Run, name: str, figure: Any) -> str:
+def _page(run: Run, name: str, drawn: Any) -> str:
     """HTML that needs nothing else."""
     picture = io.StringIO()
-    figure.savefig(picture, format="svg")
+    drawn.savefig(picture, format="svg")
     svg = picture.getvalue()
     rows = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in _summary(run).items())
     layers = "".join(

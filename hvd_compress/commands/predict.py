@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..log import log
-from ..prediction import PLAIN, Compute, compared, recommended
-from . import model_file, network, quantities
+from ..prediction import Compute, compared, recommended
+from . import methods, model_file, network, quantities, tables
 from . import predict_report as report
-from .methods import method
 
-_METHODS = "none,fp16,bf16,qsgd,terngrad,onebit,topk,dgc,adacomp,scalecom,powersgd"
+_METHODS = "bf16,qsgd,terngrad,onebit,topk,dgc,adacomp,scalecom,powersgd"
 _LAYER = 1000  # of a model that only the number of parameters is known of: matrices of so many rows and columns
 
 
@@ -50,13 +49,7 @@ def add_to(commands: Any) -> None:
         metavar="40ms",
         help="forward pass, optimizer and data of one step; default: half of the backward pass, or as measured",
     )
-    parser.add_argument(
-        "--methods",
-        type=lambda text: text.split(","),
-        default=_METHODS.split(","),
-        metavar="NAME[:OPTION=VALUE...],...",
-        help=f"default: {_METHODS}",
-    )
+    methods.add_to(parser, _METHODS)
     parser.add_argument("--adam", action="store_true", help="recommend nothing that was seen to slow Adam down")
     parser.add_argument("--json", action="store_true", help="all that was found, for programs")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="step time by link and by ranks")
@@ -72,8 +65,9 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             report.check_picture(options.plot)
         named, compute = _model(options)
         cluster = network.cluster_of(options)
-        makers = {text: method(text) for text in dict.fromkeys([*PLAIN, *options.methods])}
-        rows = compared(makers, named, cluster, compute)
+        if not options.json:
+            tables.check()
+        rows = compared(methods.makers_of(options.methods), named, cluster, compute)
         best, assumed = recommended(rows, adam=options.adam), report.assumptions(cluster, compute, named)
         if options.json:
             found = {"assumptions": assumed, "cluster": vars(cluster), "compute": vars(compute)}
@@ -94,7 +88,7 @@ def _model(options: argparse.Namespace) -> tuple[list[tuple[str, Tensor]], Compu
     """Tensors that have the shapes of the parameters, and what a step computes."""
     compute = None
     if options.model is not None:
-        model, loss = model_file.load(options.model)
+        model, loss = model_file.maker(options.model)()
         named = [(name, torch.zeros(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError(f"{options.model}: the model has no parameters to train")

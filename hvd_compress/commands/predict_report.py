@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..pictures import figure
 from ..prediction import GAIN, PAYLOAD, PLAIN, RATES, Cluster, Compute, Row, plain_of
 from ..prediction.work import Named
 
@@ -33,12 +34,9 @@ def assumptions(cluster: Cluster, compute: Compute, named: Named) -> list[str]:
 
 
 def print_table(rows: Sequence[Row], best: Row, assumed: Sequence[str]) -> None:
-    """Raises ImportError without rich."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise ImportError("tables need rich: pip install rich, or ask for --json") from error
+    from rich.console import Console
+    from rich.table import Table
+
     none = next(row for row in rows if row.method == "none")
     table = Table("method", "topology", title="a step, as predicted")
     for head in _HEADS:
@@ -114,11 +112,7 @@ def as_json(row: Row) -> dict[str, Any]:
 
 def check_picture(picture: Path) -> None:
     """Raise ImportError without matplotlib, ValueError for what cannot be written: before anything is measured."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    known = Figure().canvas.get_supported_filetypes()
+    known = figure().canvas.get_supported_filetypes()
     if picture.suffix[1:] not in known:
         raise ValueError(f"{picture}: a picture's name ends in one of .{', .'.join(sorted(known))}")
     if not picture.resolve().parent.is_dir():
@@ -127,10 +121,8 @@ def check_picture(picture: Path) -> None:
 
 def plot(picture: Path, rows: Sequence[Row], named: Named, cluster: Cluster, compute: Compute) -> None:
     """Step time by link and by ranks: Horovod's own methods, and the fastest others, each on its best topology."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    by_link, by_ranks = figure.subplots(1, 2)
+    drawn = figure(figsize=(11, 5.5))
+    by_link, by_ranks = drawn.subplots(1, 2)
     rates = RATES[(RATES > 1e6) & (RATES < 2e10)]
     counts = [number * cluster.ranks_per_node for number in _PLOTTED_RANKS]
     for method, ways in _shown(rows).items():
@@ -149,8 +141,8 @@ def plot(picture: Path, rows: Sequence[Row], named: Named, cluster: Cluster, com
         xlabel="ranks", title=f"{_rate(cluster.bandwidth / PAYLOAD)} a node", xticks=counts, xticklabels=counts
     )
     by_ranks.minorticks_off()
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(picture)
+    drawn.legend(loc="outside lower center", ncols=4, fontsize="small")
+    drawn.savefig(picture)
 
 
 def _shown(rows: Sequence[Row]) -> dict[str, list[Row]]:

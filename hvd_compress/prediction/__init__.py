@@ -1,6 +1,6 @@
 """What a step is going to take with a method, on a network that need not be there: work is measured, links computed."""
 
-from .comparison import GAIN, PLAIN, RATES, Row, compared, plain_of, recommended
+from .comparison import GAIN, PLAIN, RATES, Maker, Row, compared, plain_of, recommended
 from .timeline import PAYLOAD, Cluster, Compute, Step, predicted
 from .traffic import Collective, Recorder
 from .work import Work, measured
@@ -13,6 +13,7 @@ __all__ = [
     "Cluster",
     "Collective",
     "Compute",
+    "Maker",
     "Recorder",
     "Row",
     "Step",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..requests import ReduceOp
-from ..transports.base import Pending, Transport
+from ..transports.base import Pending, Then, Transport
 
 ALLREDUCE, ALLGATHER, ALLTOALL, BROADCAST = "allreduce", "allgather", "alltoall", "broadcast"
 
@@ -46,11 +46,11 @@ class Recorder:
 
     def _recorded(self, kind: str, usual: Callable[..., Pending]) -> Callable[..., Pending]:
         def post(name: str, *arguments: Any) -> Pending:
-            return _Recorded(usual(name, *arguments), lambda answer: self._add(kind, name, answer, arguments))
+            return Then(usual(name, *arguments), lambda answer: self._added(kind, name, answer, arguments))
 
         return post
 
-    def _add(self, kind: str, name: str, answer: Tensor | Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    def _added(self, kind: str, name: str, answer: Tensor | Sequence[Tensor], arguments: Sequence[Any]) -> Any:
         if not isinstance(answer, Tensor):
             sizes = [buffer.numel() for buffer in answer]
             received = float(sum(sizes) - sizes[self.rank])
@@ -64,19 +64,4 @@ class Recorder:
             outside = received
         _, bucket, number, *_ = [*name.split("."), "0", "0"]
         self.collectives.append(Collective(kind, bucket, int(number) if number.isdigit() else 0, received, outside))
-
-
-class _Recorded(Pending):
-    def __init__(self, usual: Pending, record: Callable[[Any], None]) -> None:
-        self._usual, self._record = usual, record
-
-    def ready(self) -> bool:
-        return self._usual.ready()
-
-    def await_ready(self, meanwhile: Callable[[], None] | None = None) -> None:
-        self._usual.await_ready(meanwhile)
-
-    def wait(self) -> Any:
-        answer = self._usual.wait()
-        self._record(answer)
         return answer

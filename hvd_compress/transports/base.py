@@ -55,7 +55,9 @@ class PolledPending(Pending):
                 time.sleep(min(max(waited / 32, _SHORTEST_SLEEP_SECONDS), _LONGEST_SLEEP_SECONDS))
 
 
-class _Then(Pending):
+class Then(Pending):
+    """A collective whose answer goes through `transform`."""
+
     def __init__(self, pending: Pending, transform: Callable[[Any], Any]) -> None:
         self._pending, self._transform = pending, transform
 
@@ -111,25 +113,25 @@ class Transport(abc.ABC):
         first = requests[0]
         if isinstance(first, Allreduce):
             flat, restore = _fuse([request.tensor for request in requests])  # type: ignore[union-attr]
-            return _Then(self.allreduce(name, flat, first.op), restore)
+            return Then(self.allreduce(name, flat, first.op), restore)
         if isinstance(first, Broadcast):
             flat, restore = _fuse([request.tensor for request in requests])  # type: ignore[union-attr]
-            return _Then(self.broadcast(name, flat, first.root), restore)
+            return Then(self.broadcast(name, flat, first.root), restore)
         if isinstance(first, Allgather):
             parts = [request.frame for request in requests]  # type: ignore[union-attr]
-            return _Then(self.allgather(name, parts), lambda buffers: _frames(buffers, len(requests)))
+            return Then(self.allgather(name, parts), lambda buffers: _frames(buffers, len(requests)))
         if isinstance(first, AllgatherParts):  # one request, always
-            return _Then(self.allgather(name, first.parts), lambda buffers: [buffers])
+            return Then(self.allgather(name, first.parts), lambda buffers: [buffers])
         if isinstance(first, AlltoallParts):
-            return _Then(self.alltoall(name, first.parts), lambda buffers: [buffers])
+            return Then(self.alltoall(name, first.parts), lambda buffers: [buffers])
         assert isinstance(first, Alltoall)
         by_destination = list(zip(*(request.frames for request in requests)))  # type: ignore[union-attr]
-        return _Then(self.alltoall(name, by_destination), lambda buffers: _frames(buffers, len(requests)))
+        return Then(self.alltoall(name, by_destination), lambda buffers: _frames(buffers, len(requests)))
 
     def gather_objects(self, name: str, value: Any) -> Pending:
         """Answer: every rank's JSON-serializable `value`, in rank order."""
         pending = self.allgather(name, [_json_bytes(value)])
-        return _Then(pending, lambda buffers: [json.loads(buffer.numpy().tobytes()) for buffer in buffers])
+        return Then(pending, lambda buffers: [json.loads(buffer.numpy().tobytes()) for buffer in buffers])
 
     def hosts(self) -> list[str]:
         """The host of every rank. Waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,6 +217,11 @@ def run(launcher: str, ranks: int, script: str, *arguments: str, timeout_seconds
     """Run scripts/`script` to its end; it is told the kind of its backend, then the arguments."""
     kind = "horovod" if launcher in HOROVOD else "mpi"
     return run_program(launcher, ranks, SCRIPTS / script, kind, *arguments, timeout_seconds=timeout_seconds, **env)
+
+
+def printed_json(output: str) -> Any:
+    """What a command printed as JSON, among what a launcher says."""
+    return json.loads(output[output.index("{") : output.rindex("}") + 1])
 
 
 def no_control_codes(output: str) -> bool:

@@ -1,10 +1,8 @@
 """hvd-compress bench, started by each launcher as a user would."""
 
-import json
-
 import pytest
 
-from .launch import SCRIPTS, run_program
+from .launch import SCRIPTS, printed_json, run_program
 
 MODEL = """
 import torch
@@ -40,8 +38,7 @@ def test_it_trains_by_each_method_beside_those_of_the_launcher(launcher, absent,
     ended = bench(launcher, absent, "--model", f"{model}:make", "--methods", methods, "--json")
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []
-    output = ended.of_rank(0)
-    found = json.loads(output[output.index("{") : output.rindex("}") + 1])
+    found = printed_json(ended.of_rank(0))
     assert (found["ranks"], found["by"]) == (2, by)
     sent = {row["method"]: row["sent_bytes"] for row in found["rows"]}
     assert list(sent) == ["none", "fp16", "topk:density=0.05", "dgc"]

@@ -1,17 +1,11 @@
 """hvd-compress doctor, started by each launcher as a user would, and where things are absent."""
 
-import json
 import os
 import sys
 
 import pytest
 
-from .launch import SCRIPTS, run_program, start
-
-
-def found(output):
-    """What it printed as JSON."""
-    return json.loads(output[output.index("{") : output.rindex("}") + 1])
+from .launch import SCRIPTS, printed_json, run_program, start
 
 
 @pytest.mark.parametrize(
@@ -29,7 +23,7 @@ def test_ranks_find_each_other_and_measure_their_link(launcher, told, absent):
     ended = run_program(launcher, 2, SCRIPTS / "command.py", *doctor, timeout_seconds=60)
     assert ended.code == 0, str(ended)
     assert ended.left_behind == []
-    facts = found(ended.of_rank(0))
+    facts = printed_json(ended.of_rank(0))
     assert facts["problems"] == []
     assert [rank["launcher"] for rank in facts["ranks"]] == [told] * 2
     assert [rank["horovod"] is None for rank in facts["ranks"]] == ["horovod" in absent] * 2
@@ -45,6 +39,6 @@ def test_one_process_without_other_packages_and_kernels_is_told_what_to_do():
     command = [sys.executable, "-W", "ignore", str(SCRIPTS / "command.py"), "horovod,mpi4py", "doctor", "--json"]
     ended = start(command, HVD_COMPRESS_KERNELS="torch").end(60)
     assert ended.code == 1, str(ended)
-    (problem,) = found(ended.output)["problems"]
+    (problem,) = printed_json(ended.output)["problems"]
     assert "HVD_COMPRESS_KERNELS=torch" in problem
     assert "unset it" in problem
