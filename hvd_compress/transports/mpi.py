@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,8 @@ from .base import Pending, PolledPending, Transport
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
 _LEAVING = 1  # tag of the message of a rank that takes part no longer
 _PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for such messages
+_LINGER_SECONDS = 60.0  # at the end of the program, for the other ranks to come to theirs
+_POLL_SECONDS = 0.01
 
 _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
 _TORCH_OPS: dict[ReduceOp, Callable[..., Tensor]] = {
@@ -61,6 +66,7 @@ class MPITransport(Transport):
         self._left: dict[int, int] = {}  # how many of them the ranks took part in that do so no longer
         self._farewells: list[Any] = []  # held until MPI ends
         self._half_ops: dict[ReduceOp, MPI.Op] = {}
+        _transports.add(self)
 
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
         reduced = tensor.cpu()  # in place: fused tensors are copies already
@@ -103,7 +109,7 @@ class MPITransport(Transport):
         return _MPIPending(self, requests, lambda: _by_rank(rounds), held)
 
     def leave(self) -> None:
-        if MPI.Is_finalized():
+        if self._farewells or MPI.Is_finalized():
             return
         posted = np.array([self.posted], dtype=np.int64)
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -112,20 +118,28 @@ class MPITransport(Transport):
 
     def check_peers(self, number: int) -> None:
         """Raise RuntimeError if a rank left before the collective of this number."""
-        status = MPI.Status()
-        while self.comm.Iprobe(MPI.ANY_SOURCE, _LEAVING, status):
-            posted = np.empty(1, dtype=np.int64)
-            self.comm.Recv(posted, status.source, _LEAVING)
-            self._left[status.source] = int(posted[0])
-        for rank, last in self._left.items():
+        for rank, last in self._farewells_heard().items():
             if last < number:
                 raise RuntimeError(
                     f"rank {rank} has ended its training, or its program, while rank {self.rank} still exchanges "
                     "gradients. Give every rank the same number of batches (drop or repeat the last ones)."
                 )
 
+    def alone(self) -> bool:
+        """Whether all other ranks have left."""
+        return len(self._farewells_heard()) == self.size - 1
+
     def abort(self) -> None:
         self.comm.Abort(1)
+
+    def _farewells_heard(self) -> dict[int, int]:
+        status = MPI.Status()
+        # A matched probe, because at the end the engine's thread may look as well.
+        while message := self.comm.Improbe(MPI.ANY_SOURCE, _LEAVING, status):
+            posted = np.empty(1, dtype=np.int64)
+            message.Recv(posted)
+            self._left[status.source] = int(posted[0])
+        return self._left
 
     def _rounds(self, longest: int) -> list[tuple[int, int]]:
         """(start, step) of the rounds, at least one, that move messages of up to `longest` bytes a rank."""
@@ -163,3 +177,23 @@ def _landing(lengths: np.ndarray, start: int, step: int) -> tuple[np.ndarray, np
 def _by_rank(rounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Tensor]:
     pieces = zip(*(np.split(landing, np.cumsum(counts)[:-1]) for landing, counts in rounds))
     return [torch.from_numpy(of_rank[0] if len(of_rank) == 1 else np.concatenate(of_rank)) for of_rank in pieces]
+
+
+_transports: weakref.WeakSet[MPITransport] = weakref.WeakSet()
+
+
+@atexit.register
+def _stay_out_of_finalize() -> None:
+    """Keep a rank that ends before the others out of MPI_Finalize while these may still abort the job.
+
+    Open MPI 5's launcher can hang, with all ranks gone, where one fails while another waits in MPI_Finalize. Not under
+    `python -m mpi4py`: there MPI_Finalize is what aborts the job if this rank fails.
+    """
+    if MPI.Is_finalized() or "mpi4py.run" in sys.modules:
+        return
+    waiting = list(_transports)
+    for transport in waiting:
+        transport.leave()
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while not all(transport.alone() for transport in waiting) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)

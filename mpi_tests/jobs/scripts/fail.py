@@ -1,13 +1,16 @@
 """Rank 1 fails in the way that the argument names; the others go on."""
 
+import atexit
 import os
 import signal
 import sys
 import time
 
-from backend import ARGUMENTS, RANK, own_batches, sgd, small_model, start, step
+atexit.register(print, "all that runs at exit has run", flush=True)  # registered first, it runs last
 
-from hvd_compress import Compression
+from backend import ARGUMENTS, RANK, own_batches, sgd, small_model, start, step  # noqa: E402
+
+from hvd_compress import Compression  # noqa: E402
 
 (how,) = ARGUMENTS
 model = small_model()
