@@ -168,4 +168,6 @@ def _environment() -> dict[str, str]:
     }
     if os.getuid() == 0:  # Open MPI would refuse
         defaults |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return defaults | dict(os.environ) | {"PATH": search_path(), "PYTHONUNBUFFERED": "1"}
+    environment = defaults | dict(os.environ) | {"PATH": search_path(), "PYTHONUNBUFFERED": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the same files
+    return environment

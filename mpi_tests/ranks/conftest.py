@@ -39,6 +39,20 @@ _pids: list[int]  # by rank; all are on this host
 _stderr: int
 _armed = -_REARM_SECONDS
 
+# Of what a test needs of its job; where it lacks that, the test is left out.
+_NEEDS: dict[str, Callable[[Job], bool]] = {
+    "several": lambda job: job.size > 1,
+    "horovod": lambda job: job.is_horovod and job.size > 1,
+    "plain_mpi": lambda job: job.backend == "mpi4py",
+    "optimizers": lambda job: job.backend != "torch",
+    "torch_job": lambda job: job.backend == "torch",
+}
+_BACKEND = os.environ.get("HVD_COMPRESS_BACKEND", "mpi4py")
+# Files whose tests need one backend are not even imported elsewhere.
+collect_ignore_glob = [
+    files for files, backend in {"test_mpi*": "mpi4py", "test_ddp_*": "torch"}.items() if backend != _BACKEND
+]
+
 
 @pytest.hookimpl(trylast=True)  # once there is a terminal reporter
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,9 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
     faulthandler.register(signal.SIGUSR1, file=_stderr, all_threads=True)
     faulthandler.register(signal.SIGALRM, file=_stderr, all_threads=True, chain=True)  # print the stacks, then die
     signal.alarm(_ENDS_SECONDS)
-    _job = join(os.environ.get("HVD_COMPRESS_BACKEND", "mpi4py"))
+    _job = join(_BACKEND)
     directory = tempfile.mkdtemp(prefix="hvd_compress_tests.") if _job.rank == 0 else ""
-    _rendezvous = Rendezvous(Path(_job.allgather(directory)[0]), _job.rank, _job.size)
+    _rendezvous = Rendezvous(Path(_job.allgather(directory)[0], "socket"), _job.rank, _job.size)
+    shutil.rmtree(directory, ignore_errors=True)  # all have met; on other ranks there is none
     _pids = _job.allgather(os.getpid())
     signal.alarm(0)
     if _job.rank != 0:  # its report would be the same, but for failures, which every rank prints
@@ -58,6 +73,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     return f"rank 0 of {_job.size}, {_job.backend}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lacking = {fixture for fixture, given in _NEEDS.items() if not given(_job)}
+    left_out = {item for item in items if not lacking.isdisjoint(getattr(item, "fixturenames", ()))}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -100,8 +122,6 @@ def pytest_unconfigure() -> None:
     sys.stdout.flush()
     _rendezvous.meet("end", _GRACE_SECONDS)
     time.sleep(_PRINT_SECONDS)  # the first that exits with an error ends the job, and the others are to print before
-    if _job.rank == 0:
-        shutil.rmtree(_rendezvous.directory, ignore_errors=True)
 
 
 def _arm() -> None:
@@ -113,7 +133,7 @@ def _arm() -> None:
 
 
 def _end_job() -> None:
-    _print(f"rank {_job.rank} failed while others wait for it. Their stacks:")
+    _print(f"rank {_job.rank}: others wait for a rank that failed, or is gone. Their stacks:")
     for rank, pid in enumerate(_pids):
         if rank != _job.rank:
             with contextlib.suppress(ProcessLookupError):
@@ -145,38 +165,28 @@ def alive() -> Callable[[], None]:
 @pytest.fixture
 def several(job: Job) -> Job:
     """For tests that need more than one rank."""
-    if job.size == 1:
-        pytest.skip("needs more than one rank")
     return job
 
 
 @pytest.fixture
 def horovod(several: Job) -> Job:
     """For tests of what only Horovod has."""
-    if not several.is_horovod:
-        pytest.skip("only Horovod has it")
     return several
 
 
 @pytest.fixture
 def plain_mpi(job: Job) -> Job:
     """For tests of what only hvd_compress.mpi has."""
-    if job.backend != "mpi4py":
-        pytest.skip("only hvd_compress.mpi has it")
     return job
 
 
 @pytest.fixture
 def optimizers(job: Job) -> Job:
-    """For tests of what distributed optimizers allow and DistributedDataParallel does not, or only in its own way."""
-    if job.backend == "torch":
-        pytest.skip("DistributedDataParallel has it in its own way, or not at all: see test_ddp_*")
+    """For tests of what distributed optimizers allow and DistributedDataParallel does in its own way: test_ddp_*."""
     return job
 
 
 @pytest.fixture
 def torch_job(job: Job) -> Job:
     """For tests of the hook of DistributedDataParallel."""
-    if job.backend != "torch":
-        pytest.skip("only hvd_compress.ddp has it")
     return job
