@@ -1,16 +1,23 @@
 """Jobs of torchrun with our hook: how they end when a rank fails, and how they go on after a restart."""
 
 import re
+import sys
 
 import pytest
 
-from .launch import SCRIPTS, run_program
+from .launch import SCRIPTS, run_program, start
 
 SECONDS = 10.0  # from the start of training until all processes are gone, on an idle machine
 
 
-def run(how, *arguments, ranks=2, **env):
-    return run_program("torchrun", ranks, SCRIPTS / "ddp_train.py", how, *arguments, timeout_seconds=60, **env)
+def run_each_alone(ranks, how):
+    """With nobody who ends the others once one has failed: they have to find out by themselves."""
+    command = [sys.executable, SCRIPTS / "each_alone.py", str(ranks), SCRIPTS / "ddp_train.py", how]
+    ended = start(command).end(60)
+    assert ended.code, str(ended)
+    assert ended.left_behind == []
+    assert ended.seconds_of_training() < SECONDS, str(ended)
+    return ended
 
 
 @pytest.mark.parametrize(
@@ -18,11 +25,7 @@ def run(how, *arguments, ranks=2, **env):
     [("exception", 2), ("exit", 2), ("return", 3), ("kill-in-backward", 3), ("kill-while-others-wait", 2)],
 )
 def test_a_rank_that_fails_or_ends_is_an_error_on_every_other(how, ranks):
-    """torchrun would end them at once; it looks late here, so that they have to find out by themselves."""
-    ended = run(how, ranks=ranks, PET_MONITOR_INTERVAL="3")
-    assert ended.code, str(ended)
-    assert ended.left_behind == []
-    assert ended.seconds_of_training() < SECONDS, str(ended)
+    ended = run_each_alone(ranks, how)
     for rank in set(range(ranks)) - {1}:
         told = ended.of_rank(rank)
         assert told.count(f"RuntimeError: rank {rank} of {ranks} cannot exchange gradients any more: another rank") == 1
@@ -31,10 +34,7 @@ def test_a_rank_that_fails_or_ends_is_an_error_on_every_other(how, ranks):
 
 
 def test_ranks_that_differ_have_the_same_error_within_ten_seconds():
-    ended = run("mismatch", ranks=3, PET_MONITOR_INTERVAL="3")
-    assert ended.code, str(ended)
-    assert ended.left_behind == []
-    assert ended.seconds_of_training() < SECONDS, str(ended)
+    ended = run_each_alone(3, "mismatch")
     for rank in range(3):
         said = ended.of_rank(rank)
         assert said.count("MismatchError: the ranks disagree: density is 0.01 on rank 0 and 0.02 on rank 1") == 1, said
@@ -48,7 +48,8 @@ def test_a_restart_by_torchrun_goes_on_with_the_residuals(tmp_path):
     for how in ("undisturbed", "resume"):
         directory = tmp_path / how
         directory.mkdir()
-        ended = run(how, str(directory), **fresh)
+        program = SCRIPTS / "ddp_train.py"
+        ended = run_program("torchrun", 2, program, how, str(directory), timeout_seconds=60, **fresh)
         assert ended.code == 0, str(ended)
         assert ended.left_behind == []
         said.append([re.findall(r"after 7: .*", ended.of_rank(rank)) for rank in range(2)])
