@@ -68,7 +68,7 @@ class Run:
             self.request, self.done = None, True
         finally:
             if spans is not None:
-                spans.end("decode" if self.done else "encode")
+                spans.end("decode" if self.done else "encode", self._bucket.key)
 
     def count(self) -> int:
         """Note what the request sends as sent by the gradients; returns how much that is in bytes."""
@@ -129,8 +129,9 @@ class Bucket:
             size = sum(run.count() for run in kinds[kind])
             requests = [run.request for run in kinds[kind] if run.request is not None]
             now = time.perf_counter()
-            pending = self._transport.post(f"{self.key}.{self._round}.{kind}", requests)
-            self._pending.append(_Posted(_kind(requests[0]), kinds[kind], pending, size, now))
+            name = f"{self.key}.{self._round}.{kind}"
+            pending = self._transport.post(name, requests)
+            self._pending.append(_Posted(name, _kind(requests[0]), kinds[kind], pending, size, now))
         self._round += 1
         if not self._pending:
             self.tickets.clear()  # they hold gradients, and this bucket: the garbage collector would come late
@@ -187,7 +188,7 @@ class Bucket:
                 posted.pending.await_ready(meanwhile)
         finally:
             if spans is not None:
-                spans.end("exchange")
+                spans.end("exchange", self.key)
 
     def run(self) -> None:
         """Post and finish all rounds."""
@@ -200,6 +201,7 @@ class Bucket:
 class _Posted:
     """A collective under way, for the requests of these exchanges."""
 
+    name: str
     kind: str
     runs: Sequence[Run]
     pending: Pending
@@ -207,8 +209,10 @@ class _Posted:
     since: float
 
     def take(self, telemetry: Telemetry, *, waited: bool) -> Sequence[Any]:
-        seconds = time.perf_counter() - self.since
-        telemetry.collectives.append(Collective(self.kind, self.sent_bytes, seconds, waited))
+        now = time.perf_counter()
+        telemetry.collectives.append(Collective(self.kind, self.sent_bytes, now - self.since, waited))
+        if telemetry.trace is not None:
+            telemetry.trace.collective(self.name, self.kind, self.sent_bytes, self.since, now)
         answers: Sequence[Any] = self.pending.wait()
         return answers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from .log import log
 
 VARIABLES = "HVD_COMPRESS_"  # what all of them begin with
-OFF, LOG, TELEMETRY = f"{VARIABLES}OFF", f"{VARIABLES}LOG", f"{VARIABLES}TELEMETRY"
+OFF, LOG, TELEMETRY, TRACE = (f"{VARIABLES}{name}" for name in ("OFF", "LOG", "TELEMETRY", "TRACE"))
 
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LEVELS = ("debug", "info", "warning", "error")
@@ -25,13 +25,13 @@ def is_off(environment: Mapping[str, str] = os.environ) -> bool:
     return value in _YES
 
 
-def telemetry_file(rank: int, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Where one more compression of this process is to write its telemetry; None for nowhere.
+def file_for(variable: str, rank: int, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Where one more compression of this process is to write its TELEMETRY or TRACE; None for nowhere.
 
     Rank 0 alone writes, or each rank to its own file where the name has {rank}. The second compression's file has .1
     before its suffix, and so on.
     """
-    text = environment.get(TELEMETRY, "")
+    text = environment.get(variable, "")
     if not text or (rank and "{rank}" not in text):
         return None
     path = Path(text.replace("{rank}", str(rank))).absolute()

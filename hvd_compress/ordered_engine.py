@@ -53,7 +53,7 @@ class OrderedEngine(Engine):
                 ticket.bucket.finished.wait(timeout=0.1)
         finally:
             if spans is not None:
-                spans.end("exchange")
+                spans.end("exchange", ticket.bucket.key)
 
 
 class _Interval:

@@ -191,9 +191,15 @@ class Session:
             self.controller.attach(transport)
         self._engine = make_engine(transport, buckets)
         self._engine.telemetry = self.telemetry
-        if self.telemetry.file is None and (path := environment.telemetry_file(transport.rank)) is not None:
-            self.telemetry.write_to(path)
+        self._record_as_the_operator_asks(transport.rank)
         return self._engine
+
+    def _record_as_the_operator_asks(self, rank: int) -> None:
+        telemetry = self.telemetry
+        if telemetry.file is None and (path := environment.file_for(environment.TELEMETRY, rank)) is not None:
+            telemetry.write_to(path)
+        if telemetry.trace is None and (path := environment.file_for(environment.TRACE, rank)) is not None:
+            telemetry.trace_to(path, rank=rank)
 
     def detach(self) -> None:
         """Drop the transport and what is under way on it, as when the ranks change; residuals, step and counts stay."""

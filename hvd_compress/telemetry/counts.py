@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from . import export
 from .log_file import LogFile
 from .records import Collective, ParameterStep, StepSeconds, Traffic
 from .spans import Spans
+from .trace import Trace
 
 _COLLECTIVES = 1000
 
@@ -29,6 +31,7 @@ class Telemetry:
     history: deque[ParameterStep | StepSeconds] = field(default_factory=lambda: deque(maxlen=0))
     errors: bool = False  # whether records have them
     file: LogFile | None = None  # where records go
+    trace: Trace | None = None  # where what happens goes
 
     def watch(self, *, records: int = 0, errors: bool = False) -> None:
         """From now on measure where the time goes, and keep the last `records` records: of parameters in a step.
@@ -42,6 +45,7 @@ class Telemetry:
             raise ValueError("errors are a part of records: say how many to keep, such as records=100_000")
         self.spans = Spans()
         self._before = dict(self.spans.seconds)
+        self.spans.listener = self.trace.span if self.trace is not None else None
         self.history = deque(self.history, maxlen=records)
         self.errors = errors
 
@@ -53,6 +57,15 @@ class Telemetry:
         if self.spans is None:
             self.watch()
         self.file = LogFile(path)
+
+    def trace_to(self, path: str | Path, *, rank: int = 0) -> None:
+        """From now on append to a file, for Perfetto and the like, what happens when: see `Trace`.
+
+        rank: as which the file shows it. `hvd-compress trace` puts the files of ranks, Horovod's timeline and those of
+            torch.profiler together.
+        """
+        self.trace = Trace(path, rank)
+        self.watch(records=self.history.maxlen or 0, errors=self.errors)
 
     @property
     def recording(self) -> bool:
@@ -85,6 +98,8 @@ class Telemetry:
 
     def settled(self, step: int) -> None:
         """Record where the time of `step` went, which is over."""
+        if self.trace is not None:
+            self.trace.step(step, perf_counter())
         if self.spans is not None and self.recording:
             now = dict(self.spans.seconds)
             self._keep(StepSeconds(step, **{kind: now[kind] - self._before[kind] for kind in now}))
@@ -93,11 +108,11 @@ class Telemetry:
     def reset(self) -> None:
         """Forget all that was counted and recorded; go on recording what is watched."""
         watched, records, errors = self.spans is not None, self.history.maxlen or 0, self.errors
-        file = self.file
+        file, trace = self.file, self.trace
         self.__init__()  # type: ignore[misc]
+        self.file, self.trace = file, trace
         if watched:
             self.watch(records=records, errors=errors)
-        self.file = file
 
     def table(self) -> str:
         """Bytes, rates, errors and seconds a step as text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 def to_jsonl(records: Iterable[ParameterStep | StepSeconds], path: str | Path, *, append: bool) -> None:
     """Numbers that are not finite, which JSON has no words for, become null."""
-    lines = [_encoded(vars(record)) for record in records]
+    lines = [encoded(record) for record in records]
     if append:
         append_lines(path, lines)
         return
@@ -86,7 +86,9 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _encoded(fields: Mapping[str, Any]) -> str:
+def encoded(record: ParameterStep | StepSeconds) -> str:
+    """One record as JSON."""
+    fields = vars(record)
     try:
         return _encode(fields)
     except ValueError:  # a number that is not finite

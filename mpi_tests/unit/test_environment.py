@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression
-from hvd_compress.environment import LOG, OFF, TELEMETRY, is_off, telemetry_file
+from hvd_compress.environment import LOG, OFF, TELEMETRY, file_for, is_off
 from hvd_compress.local import LocalRanks
 from hvd_compress.training import Masks
 
@@ -42,9 +42,9 @@ def test_telemetry_is_written_by_the_time_the_process_has_ended(tmp_path):
 
 def test_without_a_place_for_its_rank_telemetry_is_that_of_rank_0(tmp_path):
     where = {TELEMETRY: str(tmp_path / "run.jsonl")}
-    assert telemetry_file(1, where) is None
-    assert [telemetry_file(0, where) for _ in range(2)] == [tmp_path / "run.jsonl", tmp_path / "run.1.jsonl"]
-    assert telemetry_file(0, {}) is None
+    assert file_for(TELEMETRY, 1, where) is None
+    assert [file_for(TELEMETRY, 0, where) for _ in range(2)] == [tmp_path / "run.jsonl", tmp_path / "run.1.jsonl"]
+    assert file_for(TELEMETRY, 0, {}) is None
 
 
 @pytest.mark.parametrize(

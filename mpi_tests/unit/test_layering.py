@@ -132,7 +132,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             f"hvd_compress.adaptive.{name}"
             for name in ("controller", "costs", "journal", "lasting", "layers", "link", "options", "policies", "solver")
         },
-        "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "log_file", "records", "spans")},
+        "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "log_file", "records", "spans", "trace")},
         "training": {f"hvd_compress.training.{name}" for name in ("masks", "momentum", "schedule")},
     }
     for module in MODULES:
