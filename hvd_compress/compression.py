@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from . import environment
 from .adaptive import Accordion, LGreCo, Options, Planner, Policy, Replay, TimeCost
 from .binding import NamedParameters
 from .compressors import (
@@ -25,14 +26,13 @@ from .compressors import (
     TernGradCompressor,
     TopKCompressor,
 )
-from .environment import is_off
-from .gradient_compression import GradientCompression
+from .gradient_compression import GradientCompression, bound_compression
 from .schedules import ExponentialWarmup, Rate
 
 
 def _bound(compressor: Compressor, named_parameters: NamedParameters, options: dict[str, Any]) -> GradientCompression:
     # No parameters (None) is not the same as no parameters yet.
-    return GradientCompression(compressor, () if named_parameters is None else named_parameters, **options)
+    return bound_compression(compressor, () if named_parameters is None else named_parameters, options)
 
 
 def _adapted(
@@ -40,7 +40,7 @@ def _adapted(
 ) -> GradientCompression:
     if not isinstance(base, GradientCompression) or not base.bound:
         raise ValueError(f"base must be a compression with its parameters, as Compression.topk(...) gives: {base!r}")
-    if is_off():
+    if environment.is_off() or environment.method():  # its rates are those of another method
         return base
     return base.adapt(Planner(policy, options) if plan is None else Replay(plan, policy))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from .log import log
 
 VARIABLES = "HVD_COMPRESS_"  # what all of them begin with
-OFF, LOG, TELEMETRY, TRACE = (f"{VARIABLES}{name}" for name in ("OFF", "LOG", "TELEMETRY", "TRACE"))
+OFF, METHOD, LOG, TELEMETRY, TRACE = (f"{VARIABLES}{name}" for name in ("OFF", "METHOD", "LOG", "TELEMETRY", "TRACE"))
 
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LEVELS = ("debug", "info", "warning", "error")
@@ -23,6 +23,11 @@ def is_off(environment: Mapping[str, str] = os.environ) -> bool:
     if value not in (*_YES, *_NO):
         raise ValueError(f"{OFF} must be one of {', '.join(filter(None, (*_YES, *_NO)))}: {value!r}")
     return value in _YES
+
+
+def method(environment: Mapping[str, str] = os.environ) -> str:
+    """What is to take the place of every compression that knows its parameters; empty where none is, or it is off."""
+    return "" if is_off(environment) else environment.get(METHOD, "")
 
 
 def file_for(variable: str, rank: int, environment: Mapping[str, str] = os.environ) -> Path | None:

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from . import environment, fingerprint
 from .adaptive import Controller
 from .agreement import BYTES, agree, mismatch
 from .binding import Binding, NamedParameters, calling_optimizer, parameters_of_optimizer
+from .by_name import compressor_of, name_of
 from .compressors import AUTO, Compressor, SummedCompressor
 from .engine import Engine
 from .log import SINGLE_RANK, log, warn_once
@@ -40,6 +41,7 @@ _COMMON_OPTIONS = (
     "topology",
     "ranks_per_node",
 )
+_OF_THE_METHOD = ("topology", "ranks_per_node")  # of these options: another method may have no such topology
 _ALIKE = (
     "Freeze and unfreeze parameters on every rank between the same two steps; give every rank a gradient of the same "
     "layout, dense or sparse, for each parameter, and change gradients after optimizer.synchronize() alone."
@@ -130,7 +132,7 @@ class GradientCompression(Session):
             raise TypeError(f"{self!r} is bound to its parameters already")
         common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
         self.delist()  # what is compared is what is used
-        return GradientCompression(self.compressor, named_parameters, **(common | options))
+        return bound_compression(self.compressor, named_parameters, common | options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As what it is and owes, without its connections: a copy is attached anew, on the same rank."""
@@ -149,7 +151,7 @@ class GradientCompression(Session):
 
     @property
     def _name(self) -> str:
-        return self.compressor.label or type(self.compressor).__name__.removesuffix("Compressor").lower()
+        return name_of(type(self.compressor))
 
     def _options(self) -> dict[str, Any]:
         return self.compressor.options() | {name: getattr(self, name) for name in _COMMON_OPTIONS}
@@ -210,6 +212,7 @@ class GradientCompression(Session):
         from an average and as the number of ranks from a sum, and a mark, by which sets of ranks are told apart.
         """
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
+            _say_if_it_stays(self._name)
             self._taken.add(-1, tensor)
             size = _horovod_size(self.process_set)
             return self.compressor.summand(tensor, size), _AddedUp(self.compressor, tensor, tensor._version, size)
@@ -326,6 +329,7 @@ class GradientCompression(Session):
             self._optimizer = weakref.ref(optimizer)
             _watch_steps()
         if not self.bound:
+            _say_if_it_stays(self._name)
             self._bind(parameters_of_optimizer(optimizer or self._refuse_unbound()))
         if not self._watches_accumulation:
             self._watches_accumulation = True
@@ -406,6 +410,41 @@ def _horovod_size(process_set: Any) -> int:
     if hvd is None or not hvd.is_initialized():
         return 1
     return int(hvd.size() if process_set is None else process_set.size())
+
+
+def bound_compression(
+    compressor: Compressor, named_parameters: NamedParameters, options: Mapping[str, Any]
+) -> GradientCompression:
+    """As the script asks for it; or as the operator does, by HVD_COMPRESS_METHOD."""
+    if asked := environment.method():
+        compressor, options = _instead(compressor, options, asked)
+    return GradientCompression(compressor, named_parameters, **options)
+
+
+def _instead(compressor: Compressor, options: Mapping[str, Any], asked: str) -> tuple[Compressor, dict[str, Any]]:
+    variable = f"{environment.METHOD}={asked}"
+    try:
+        other, own = compressor_of(asked, _COMMON_OPTIONS)
+    except ValueError as error:
+        raise ValueError(f"{environment.METHOD}: {error}") from error
+    if compressor.replaces and compressor != other:
+        raise ValueError(
+            f"{variable} cannot take the place of {compressor!r}, which has the {compressor.replaces} that the "
+            "optimizer has not. Remedy: unset the variable for this script"
+        )
+    warn_once(f"{variable} is set: gradients travel so, whatever the script asks for")
+    kept = {name: value for name, value in options.items() if name not in _OF_THE_METHOD}
+    return compressor.switched_off(other), kept | own
+
+
+@functools.cache
+def _say_if_it_stays(name: str) -> None:
+    if asked := environment.method():
+        log.warning(
+            "%s=%s changes nothing for Compression.%s as it is, which does not know the parameters' names: pass "
+            "Compression.%s(model.named_parameters())",
+            *(environment.METHOD, asked, name, name),
+        )
 
 
 def _say_if_single_rank(compressor: Compressor) -> None:

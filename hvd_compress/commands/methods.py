@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Iterable
 from typing import Any
 
+from ..by_name import split
 from ..compression import Compression
+from ..environment import METHOD, OFF, is_off
+from ..environment import method as asked_for
 from ..gradient_compression import GradientCompression
 from ..prediction import PLAIN, Maker
 
@@ -27,7 +29,13 @@ def add_to(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def makers_of(texts: Iterable[str]) -> dict[str, Maker]:
-    """By what they are called: none, fp16, and these. Raises ValueError for what is none."""
+    """By what they are called: none, fp16, and these.
+
+    Raises ValueError for what is none, and where the environment has another method take the place of all.
+    """
+    if is_off() or asked_for():
+        variable = OFF if is_off() else METHOD
+        raise ValueError(f"{variable} is set, which changes every method that is compared. Remedy: unset it")
     return {text: method(text) for text in dict.fromkeys([*PLAIN, *texts])}
 
 
@@ -40,16 +48,9 @@ def method(text: str) -> Maker:
     >>> method("topk:density=0.001")([("weight", torch.zeros(100, 100))], topology="gather").topology
     'gather'
     """
-    name, *options = text.split(":")
+    name, values = split(text)
     if name not in NAMES:
         raise ValueError(f"no such method: {text} (choose from {', '.join(NAMES)})")
-    values: dict[str, Any] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        try:
-            values[key] = ast.literal_eval(value if equals else "?")
-        except (SyntaxError, ValueError):
-            raise ValueError(f"{text}: {option!r} is no OPTION=VALUE, such as density=0.001") from None
 
     def make(named: Any, **further: Any) -> GradientCompression:
         try:

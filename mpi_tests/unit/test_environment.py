@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression
-from hvd_compress.environment import LOG, OFF, TELEMETRY, file_for, is_off
+from hvd_compress.environment import LOG, METHOD, OFF, TELEMETRY, file_for, is_off
+from hvd_compress.gradient_compression import _say_if_it_stays
 from hvd_compress.local import LocalRanks
 from hvd_compress.training import Masks
 
@@ -139,6 +140,84 @@ def test_a_switched_off_compression_keeps_what_a_checkpoint_owes(monkeypatch):
         compression.load_state_dict(state)
         after = compression.state_dict()["residuals"][rank]
         assert torch.equal(after["weight"], state["residuals"][rank]["weight"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda named: Compression.topk(named, density=0.5, topology="scatter"),
+        lambda named: Compression.none(named),
+        lambda named: Compression.bf16(named),
+        lambda named: Compression.lgreco(Compression.topk(named), interval=2, window=2),
+    ],
+)
+def test_another_method_takes_the_place_of_what_the_script_asks_for(monkeypatch, make):
+    named = [("w", torch.zeros(50, 60)), ("b", torch.zeros(60))]
+    known = [{"w": random(50, 60, seed=r), "b": random(60, seed=r)} for r in range(2)]
+    expected = LocalRanks([Compression.powersgd(named, approximation_rank=2, seed=3) for _ in range(2)])
+    monkeypatch.setenv(METHOD, "powersgd:approximation_rank=2:seed=3")
+    ranks = LocalRanks([make(named) for _ in range(2)])
+    assert ranks.compressions[0].controller is None
+    assert repr(ranks.compressions[0]) == repr(expected.compressions[0])
+    for results in zip(ranks.exchange(known), expected.exchange(known)):
+        assert all(torch.equal(results[0][name], results[1][name]) for name in ("w", "b"))
+
+
+def test_the_scripts_own_options_stay_and_the_operators_come_before(monkeypatch):
+    monkeypatch.setenv(METHOD, "topk:density=0.1:min_numel=7")
+    compression = Compression.qsgd([("w", torch.zeros(50, 60))], exclude="w*", min_numel=100, bucket_bytes=77)
+    assert (compression.exclude, compression.min_numel, compression.bucket_bytes) == (("w*",), 7, 77)
+    assert compression.compressor.density == 0.1
+
+
+def test_masks_stay_where_another_method_is_asked_for(monkeypatch):
+    monkeypatch.setenv(METHOD, "qsgd:bits=8")
+    named = [("w", torch.zeros(50, 60))]
+    compression = Compression.masked(Masks(), named, dense=Compression.topk(named))
+    assert compression.compressor.dense == Compression.qsgd(named, bits=8).compressor
+
+
+def test_what_has_the_optimizers_momentum_is_not_replaced(monkeypatch):
+    named = [("w", torch.zeros(50, 60))]
+    monkeypatch.setenv(METHOD, "topk")
+    with pytest.raises(ValueError, match="HVD_COMPRESS_METHOD=topk cannot take the place of DGC.*unset the variable"):
+        Compression.dgc(named)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("topq", "no such method: topq .choose from none, .*topk"),
+        ("topk:density", "'density' is no OPTION=VALUE"),
+        ("topk:bits=3", "unexpected keyword argument 'bits'"),
+        ("topk:density=2", "density must be in"),
+    ],
+)
+def test_a_method_that_is_none_is_an_error_that_names_the_variable(monkeypatch, asked, says):
+    monkeypatch.setenv(METHOD, asked)
+    with pytest.raises(ValueError, match=f"HVD_COMPRESS_METHOD: .*{says}"):
+        Compression.qsgd([("w", torch.zeros(50, 60))])
+
+
+def test_off_comes_before_a_method(monkeypatch):
+    monkeypatch.setenv(METHOD, "topk")
+    monkeypatch.setenv(OFF, "1")
+    assert repr(Compression.qsgd([("w", torch.zeros(50, 60))]).compressor) == "NoneCompressor()"
+
+
+def test_what_does_not_know_its_parameters_stays_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setenv(METHOD, "topk")
+    _say_if_it_stays.cache_clear()
+    try:
+        compression = Compression.fp16
+        for _ in range(3):
+            summand, _ = compression.compress(torch.ones(2000))
+        assert summand.dtype == torch.float16
+        (told,) = caplog.messages
+        assert "HVD_COMPRESS_METHOD=topk changes nothing for Compression.fp16" in told
+        assert "pass Compression.fp16(model.named_parameters())" in told
+    finally:
+        _say_if_it_stays.cache_clear()
 
 
 @pytest.mark.parametrize(("level", "shown"), [("info", "1"), ("warning", ""), ("", "")])

@@ -160,6 +160,12 @@ def test_what_cannot_be_is_told_with_what_can(capsys, arguments, told):
     assert told in refused(capsys, *arguments)
 
 
+@pytest.mark.parametrize(("variable", "value"), [("HVD_COMPRESS_METHOD", "topk"), ("HVD_COMPRESS_OFF", "1")])
+def test_methods_that_the_environment_changes_are_not_compared(monkeypatch, capsys, variable, value):
+    monkeypatch.setenv(variable, value)
+    assert f"{variable} is set" in refused(capsys, "--parameters", "1M", "--backward", "1ms")
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
     [
