@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from hvd_compress import Compression, GradientCompression
 from hvd_compress.optim import OneBitAdam
-from hvd_compress.training import ACDC, Schedule, prune_activation_gradients
+from hvd_compress.training import ACDC, GaP, NovoGrad, Schedule, prune_activation_gradients
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # after benchmarks, which has a report, too
 import digits
@@ -37,7 +37,7 @@ class Task:
     clip: float | None  # limit of the norm of the combined gradient
     places: dict[str, str]  # where activation gradients are pruned
     dgc_clip: float | None  # in place of `clip`: local, of each tensor, before the momentum
-    adam: bool = False  # at a constant rate; else momentum SGD in one cycle
+    optimizer: str = "sgd"  # with momentum, in one cycle; "adam" and "novograd" at a constant rate
 
     def epochs_of(self, ranks: int) -> int:
         """As EPOCHS says; half as many for many simulated ranks, which take as long as that number of real ones."""
@@ -84,9 +84,10 @@ TASKS = {
         clip=None,
         places={"output": "input"},
         dgc_clip=None,
-        adam=True,
+        optimizer="adam",
     ),
 }
+TASKS["gru_novograd"] = replace(TASKS["gru_adam"], lr=0.02, optimizer="novograd")
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Setting:
     task: Task
     seed: int
     steps: int
-    acdc: ACDC | None = None
+    pruned: ACDC | GaP | None = None
     named: list[tuple[str, nn.Parameter]] = field(default_factory=list)
 
     @property
@@ -110,7 +111,7 @@ Make = Callable[[Setting], GradientCompression]
 _ADAPTIVE_WINDOW = 10
 _BETAS = (0.9, 0.999)
 _OF_ADAM = ("onebit_adam",)
-_OF_SGD = ("dgc", "acdc")  # whose momentum, or restart of it, is that of SGD
+_OF_SGD = ("dgc", "acdc", "gap")  # whose momentum, or restart of it, is that of SGD
 # Percent of the steps. The published schedules are of 100 epochs and more; their phases, of a twentieth and less of so
 # short a training, leave the sparse model no time to recover.
 _PHASES = Schedule((20, 20, 30, 30))
@@ -150,22 +151,27 @@ METHODS: dict[str, Make] = {
     "stochastic_pruning": lambda s: Compression.stochastic_pruning(s.named, rate=0.9, seed=s.seed),
     "lgreco": _lgreco,
     "accordion": _accordion,
-    "acdc": lambda s: Compression.masked(lambda: s.acdc, s.named),
+    "acdc": lambda s: Compression.masked(lambda: s.pruned, s.named),
+    "gap": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "activation_pruning": lambda s: Compression.none(s.named),
 }
 
 
 def applies(method: str, task: Task) -> bool:
-    return method not in (_OF_SGD if task.adam else _OF_ADAM)
+    if method in _OF_SGD:
+        return task.optimizer == "sgd"
+    return method not in _OF_ADAM or task.optimizer == "adam"
 
 
 def optimizer_of(method: str, setting: Setting, compression: GradientCompression) -> torch.optim.Optimizer:
-    """Momentum SGD, or Adam; DGC has its momentum, and its clipping, in the compressor."""
+    """The task's; DGC has its momentum, and its clipping, in the compressor."""
     parameters, lr = [p for _, p in setting.named], setting.task.lr
     if method == "onebit_adam":
         return OneBitAdam(parameters, lr, _BETAS, compression=compression)
-    if setting.task.adam:
+    if setting.task.optimizer == "adam":
         return torch.optim.Adam(parameters, lr, _BETAS)
+    if setting.task.optimizer == "novograd":
+        return NovoGrad(parameters, lr)
     return torch.optim.SGD(parameters, lr, momentum=0.0 if method == "dgc" else 0.9)
 
 
@@ -180,7 +186,9 @@ def technique(
     """What a method changes in training beside the exchange; `optimizer` is the one whose step() is called."""
     pruning = None
     if method == "acdc":
-        setting.acdc = ACDC(model, optimizer, schedule=_PHASES.scaled(setting.steps / 100), sparsity=0.9)
+        setting.pruned = ACDC(model, optimizer, schedule=_PHASES.scaled(setting.steps / 100), sparsity=0.9)
+    if method == "gap":  # each of four partitions twice, for a tenth of the steps; the last fifth is all sparse
+        setting.pruned = GaP(model, optimizer, units=setting.steps // 10, rounds=2, partitions=4, sparsity=0.9)
     if method == "activation_pruning":
         seed = 1000 * setting.seed + rank
         pruning = prune_activation_gradients(model, 0.9, modules=setting.task.places, seed=seed)
@@ -189,14 +197,14 @@ def technique(
     finally:
         if pruning:
             pruning.remove()
-        if setting.acdc:
-            setting.acdc.remove()
+        if setting.pruned:
+            setting.pruned.remove()
 
 
 def scores(setting: Setting, model: nn.Module, test: Any) -> dict[str, float]:
     """The metric, and with AC/DC that of its dense twin."""
     found = {"metric": setting.task.score(model.eval(), test)}
-    if setting.acdc:
-        model.load_state_dict(setting.acdc.dense_state_dict())
+    if isinstance(setting.pruned, ACDC):
+        model.load_state_dict(setting.pruned.dense_state_dict())
         found["dense_twin_metric"] = setting.task.score(model, test)
     return found

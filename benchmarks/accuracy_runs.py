@@ -40,11 +40,11 @@ class _Training:
         self.clip = clip_of(self.method, self.task)
 
     def begin(self, step: int) -> None:
-        if self.setting.acdc:
-            self.setting.acdc.begin(step)
+        if self.setting.pruned:
+            self.setting.pruned.begin(step)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        if self.task.adam:
+        if self.task.optimizer != "sgd":
             return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.task.lr, self.setting.steps, cycle_momentum=False)
 

@@ -2,13 +2,17 @@
 
 from .acdc import ACDC
 from .activation_pruning import ActivationPruning, Realised, find_places, prune_activation_gradients
+from .gap import GaP
 from .masks import Masks
+from .novograd import NovoGrad
 from .schedule import Phase, Schedule
 
 __all__ = [
     "ACDC",
     "ActivationPruning",
+    "GaP",
     "Masks",
+    "NovoGrad",
     "Phase",
     "Realised",
     "Schedule",
