@@ -187,8 +187,8 @@ def technique(
     pruning = None
     if method == "acdc":
         setting.pruned = ACDC(model, optimizer, schedule=_PHASES.scaled(setting.steps / 100), sparsity=0.9)
-    if method == "gap":  # each of four partitions twice, for a tenth of the steps; the last fifth is all sparse
-        setting.pruned = GaP(model, optimizer, units=setting.steps // 10, rounds=2, partitions=4, sparsity=0.9)
+    if method == "gap":  # each of two partitions twice, for a seventh of the steps; the rest is all sparse
+        setting.pruned = GaP(model, optimizer, units=setting.steps // 7, rounds=2, partitions=2, sparsity=0.9)
     if method == "activation_pruning":
         seed = 1000 * setting.seed + rank
         pruning = prune_activation_gradients(model, 0.9, modules=setting.task.places, seed=seed)

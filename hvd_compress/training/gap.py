@@ -33,7 +33,7 @@ class GaP(PrunedTraining):
     rounds: how often each partition grows; at least 1.
     partitions: how many there are, at least 2, of about as many weights each.
     sparsity: fraction of the weights of a partition that are pruned, in (0, 1). Trained parameters with at least two
-        dimensions are prunable: no biases, no normalisation.
+        dimensions are prunable, no biases, no normalisation; but the first and the last one stay dense.
     scope: "uniform" prunes each tensor alike; "global" ranks those of a partition together, each of which keeps at
         least a tenth of what it would keep at uniform sparsity.
     exclude: names or patterns of parameters that stay dense, such as "embedding.*".
@@ -60,7 +60,7 @@ class GaP(PrunedTraining):
             raise ValueError(f"sparsity must be in (0, 1): {sparsity}")
         if scope not in ("uniform", "global"):
             raise ValueError(f"scope must be 'uniform' or 'global': {scope!r}")
-        weights = prunable(model, exclude, ends=True)
+        weights = prunable(model, exclude, ends=False)
         if not 2 <= partitions <= len(weights):
             raise ValueError(
                 f"partitions must be from 2 to {len(weights)}, the number of prunable tensors: {partitions}"

@@ -25,25 +25,26 @@ def zeros(model):
 
 
 def test_a_worked_example():
-    """Two tensors of four weights, of which half are pruned; each grows for two steps, once."""
-    model = rows([4.0, -3.0, 2.0, 1.0], [1.0, 5.0, -6.0, 2.0])
+    """Two tensors of four weights, of which half are pruned, between two that stay; each grows for two steps, once."""
+    model = rows([1.0, 2.0], [4.0, -3.0, 2.0, 1.0], [1.0, 5.0, -6.0, 2.0], [3.0])
     gap = GaP(model, torch.optim.SGD(model.parameters(), lr=1.0), units=2, partitions=2, sparsity=0.5)
-    assert gap.partitions == (("0.weight",), ("1.weight",))
+    assert gap.partitions == (("1.weight",), ("2.weight",))
     gap.begin(0)
-    assert gap.grown == ("0.weight",)
-    assert zeros(model) == [[False] * 4, [True, False, False, True]]
-    gap.begin(1)
-    model[0].weight.data = torch.tensor([[1.0, 2.0, 3.0, -4.0]])
-    gap.begin(2)
     assert gap.grown == ("1.weight",)
-    assert model[0].weight.tolist() == [[0.0, 0.0, 3.0, -4.0]]
-    assert gap.masks.keys() == {"0.weight"}
-    assert model[1].weight.tolist() == [[0.0, 5.0, -6.0, 0.0]]  # what grows comes back from zero
+    assert zeros(model) == [[False] * 2, [False] * 4, [True, False, False, True], [False]]
+    gap.begin(1)
+    model[1].weight.data = torch.tensor([[1.0, 2.0, 3.0, -4.0]])
+    gap.begin(2)
+    assert gap.grown == ("2.weight",)
+    assert model[1].weight.tolist() == [[0.0, 0.0, 3.0, -4.0]]
+    assert gap.masks.keys() == {"1.weight"}
+    assert model[2].weight.tolist() == [[0.0, 5.0, -6.0, 0.0]]  # what grows comes back from zero
     gap.begin(3)
-    model[1].weight.data = torch.tensor([[7.0, 5.0, -6.0, 8.0]])
+    model[2].weight.data = torch.tensor([[7.0, 5.0, -6.0, 8.0]])
     gap.begin(4)
     assert gap.grown == ()
-    assert model[1].weight.tolist() == [[7.0, 0.0, 0.0, 8.0]]
+    assert model[2].weight.tolist() == [[7.0, 0.0, 0.0, 8.0]]
+    assert model[0].weight.tolist() == [[1.0, 2.0]]
     assert gap.realised_sparsity() == 0.5
     version = gap.version
     for unit in range(5, 9):
@@ -52,12 +53,12 @@ def test_a_worked_example():
 
 
 def test_partitions_are_consecutive_and_of_about_as_many_weights():
-    sizes = [100, 10, 10, 80, 60, 40, 300]
+    sizes = [1000, 100, 10, 10, 80, 60, 40, 300, 1]  # of which the first and the last stay dense
     model = nn.Sequential(*(nn.Linear(size, 1, bias=False) for size in sizes))
     gap = GaP(model, torch.optim.SGD(model.parameters(), lr=1.0), units=1, partitions=3)
     found = [[int(name.split(".")[0]) for name in part] for part in gap.partitions]
-    assert found == [[0, 1, 2, 3], [4, 5], [6]]
-    assert GaP(model, torch.optim.SGD(model.parameters(), lr=1.0), units=1, partitions=7).partitions[3] == ("3.weight",)
+    assert found == [[1, 2, 3, 4], [5, 6], [7]]
+    assert GaP(model, torch.optim.SGD(model.parameters(), lr=1.0), units=1, partitions=7).partitions[3] == ("4.weight",)
 
 
 def trained(model, optimizer, gap, compressions, units, first=0):
@@ -78,7 +79,9 @@ def trained(model, optimizer, gap, compressions, units, first=0):
 
 def make():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 20))
+    sizes = [30, 10, 40, 40, 20, 5]
+    layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1])
     return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 
 
@@ -89,7 +92,7 @@ def test_pruned_weights_stay_zero_and_only_what_is_kept_travels(scope):
     named = list(model.named_parameters())
     compressions = [Compression.masked(gap, named, min_numel=1) for _ in range(2)]
     ranks = LocalRanks(compressions)
-    weights = {"0.weight": 1200, "2.weight": 1600, "4.weight": 800}
+    weights = {"2.weight": 400, "4.weight": 1600, "6.weight": 800}
     for unit in range(21):
         gap.begin(unit)
         kept = {name: int(gap.masks[name].sum()) if name in gap.masks else numel for name, numel in weights.items()}
@@ -99,7 +102,8 @@ def test_pruned_weights_stay_zero_and_only_what_is_kept_travels(scope):
         before = compressions[0].telemetry.total.sent_bytes
         ranks.exchange([{name: torch.randn(p.shape) for name, p in named} for _ in range(2)])
         sent = compressions[0].telemetry.total.sent_bytes - before
-        assert sent == pytest.approx(4 * (sum(kept.values()) + 100), abs=400)  # and biases, headers, a digest
+        values = 4 * (sum(kept.values()) + 400 + 115)  # with the two ends, and biases
+        assert values <= sent < values + 700  # headers and a digest
         optimizer.zero_grad()
         model(torch.randn(8, 30)).square().mean().backward()
         optimizer.step()
