@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .compressors import Compressor, OneBitCompressor
 from .gradient_compression import GradientCompression
+from .training import optimizer_options
 
 _COMPRESSION = "compression"  # in a group: Horovod makes the optimizer anew of its groups
 
@@ -45,14 +46,7 @@ class OneBitAdam(torch.optim.Optimizer):
         *,
         compression: GradientCompression | None = None,
     ) -> None:
-        if not 0 <= float(lr) < math.inf:
-            raise ValueError(f"lr must not be negative: {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1): {betas}")
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps must be positive: {eps}")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay must not be negative: {weight_decay}")
+        optimizer_options.check(lr, betas, eps, weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, _COMPRESSION: compression}
         super().__init__(params, defaults)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import optimizer_options
 
 
 class NovoGrad(torch.optim.Optimizer):
@@ -41,14 +42,7 @@ class NovoGrad(torch.optim.Optimizer):
         *,
         grad_averaging: bool = False,
     ) -> None:
-        if not 0 <= float(lr) < math.inf:
-            raise ValueError(f"lr must not be negative: {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1): {betas}")
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps must be positive: {eps}")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay must not be negative: {weight_decay}")
+        optimizer_options.check(lr, betas, eps, weight_decay)
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "grad_averaging": grad_averaging})
 

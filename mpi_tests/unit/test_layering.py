@@ -133,7 +133,9 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             for name in ("controller", "costs", "journal", "lasting", "layers", "link", "options", "policies", "solver")
         },
         "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "log_file", "records", "spans", "trace")},
-        "training": {f"hvd_compress.training.{name}" for name in ("masks", "momentum", "pruned", "schedule")},
+        "training": {
+            f"hvd_compress.training.{name}" for name in ("masks", "momentum", "optimizer_options", "pruned", "schedule")
+        },
     }
     for module in MODULES:
         if part(module) in PACKAGES and MODULES[module].name != "__init__.py":
