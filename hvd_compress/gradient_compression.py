@@ -426,7 +426,7 @@ def _instead(compressor: Compressor, options: Mapping[str, Any], asked: str) -> 
     try:
         other, own = compressor_of(asked, _COMMON_OPTIONS)
     except ValueError as error:
-        raise ValueError(f"{environment.METHOD}: {error}") from error
+        raise ValueError(f"{environment.METHOD}: {error}") from None
     if compressor.replaces and compressor != other:
         raise ValueError(
             f"{variable} cannot take the place of {compressor!r}, which has the {compressor.replaces} that the "
