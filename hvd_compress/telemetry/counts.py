@@ -65,7 +65,10 @@ class Telemetry:
             torch.profiler together.
         """
         self.trace = Trace(path, rank)
-        self.watch(records=self.history.maxlen or 0, errors=self.errors)
+        if self.spans is None:
+            self.watch()
+        else:
+            self.spans.listener = self.trace.span
 
     @property
     def recording(self) -> bool:
