@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Collection
 from typing import Any
 
-from .compressors import (
-    AdaCompCompressor,
-    BF16Compressor,
-    Compressor,
-    DGCCompressor,
-    FP16Compressor,
-    NoneCompressor,
-    OneBitCompressor,
-    PowerSGDCompressor,
-    QSGDCompressor,
-    ScaleComCompressor,
-    StochasticPruningCompressor,
-    TernGradCompressor,
-    TopKCompressor,
-)
+from . import compressors
+from .compressors import Compressor, MaskedCompressor, SparseGatherer
 
-_CLASSES = (
-    *(NoneCompressor, FP16Compressor, BF16Compressor, TernGradCompressor, AdaCompCompressor, TopKCompressor),
-    *(QSGDCompressor, OneBitCompressor, PowerSGDCompressor, ScaleComCompressor, DGCCompressor),
-    StochasticPruningCompressor,
-)
+_OF_OTHERS = (MaskedCompressor, SparseGatherer)  # which need masks, or serve what is sparse already
 
 
 def name_of(compressor: type[Compressor]) -> str:
     """As which `Compression` has it.
 
-    >>> name_of(StochasticPruningCompressor), name_of(TopKCompressor)
+    >>> name_of(compressors.StochasticPruningCompressor), name_of(compressors.TopKCompressor)
     ('stochastic_pruning', 'topk')
     """
     return compressor.label or compressor.__name__.removesuffix("Compressor").lower()
 
 
-_BY_NAME = {name_of(cls): cls for cls in _CLASSES}
+def _methods() -> dict[str, type[Compressor]]:
+    exported = [cls for cls in vars(compressors).values() if inspect.isclass(cls) and issubclass(cls, Compressor)]
+    chosen = [cls for cls in exported if not inspect.isabstract(cls) and cls not in _OF_OTHERS]
+    return {name_of(cls): cls for cls in sorted(chosen, key=lambda cls: cls.algorithm)}
+
+
+_BY_NAME = _methods()
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:

@@ -33,8 +33,7 @@ def makers_of(texts: Iterable[str]) -> dict[str, Maker]:
 
     Raises ValueError for what is none, and where the environment has another method take the place of all.
     """
-    if is_off() or asked_for():
-        variable = OFF if is_off() else METHOD
+    if variable := OFF if is_off() else METHOD if asked_for() else None:
         raise ValueError(f"{variable} is set, which changes every method that is compared. Remedy: unset it")
     return {text: method(text) for text in dict.fromkeys([*PLAIN, *texts])}
 
