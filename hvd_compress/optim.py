@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .compressors import Compressor, OneBitCompressor
 from .gradient_compression import GradientCompression
-from .training import optimizer_options
+from .training.by_parameter import ByParameter
 
 _COMPRESSION = "compression"  # in a group: Horovod makes the optimizer anew of its groups
 
 
-class OneBitAdam(torch.optim.Optimizer):
+class OneBitAdam(ByParameter):
     """1-bit Adam (Tang et al., ICML 2021, arXiv 2102.02888): AdamW whose first moment travels by one bit an element.
 
     While `compression` warms up, and for parameters that it does not compress, this is torch.optim.AdamW. After that a
@@ -46,9 +46,7 @@ class OneBitAdam(torch.optim.Optimizer):
         *,
         compression: GradientCompression | None = None,
     ) -> None:
-        optimizer_options.check(lr, betas, eps, weight_decay)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, _COMPRESSION: compression}
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, **{_COMPRESSION: compression})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -61,23 +59,9 @@ class OneBitAdam(torch.optim.Optimizer):
         given = [group[_COMPRESSION] for group in self.param_groups]
         return all(one is not None and one.compressor == compressor for one in given)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            compression = group[_COMPRESSION]
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    momentum = compression is not None and compression.gives_momentum(parameter)
-                    self._update(parameter, parameter.grad, group, momentum=momentum)
-        return loss
-
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], *, momentum: bool) -> None:
-        if gradient.is_sparse:
-            raise RuntimeError("OneBitAdam takes no sparse gradients: make the embedding with sparse=False")
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        compression = group[_COMPRESSION]
+        momentum = compression is not None and compression.gives_momentum(parameter)
         first, second = group["betas"]
         state = self.state[parameter]
         if not state:

@@ -68,13 +68,7 @@ class ACDC(PrunedTraining):
         Raises ValueError when a phase was skipped, RuntimeError when pruned weights have come back to life.
         """
         phase = self.schedule.phase_at(unit)
-        if phase not in (self.phase, self.phase + 1):
-            raise ValueError(
-                f"{unit} is in phase {phase}, but the present one is {self.phase}: call begin() for every epoch (or "
-                "step) in order, and load_state_dict() first when training resumes"
-            )
-        self._check_pruned()
-        if phase != self.phase:
+        if self._enters(unit, "phase", phase, self.phase):
             self.phase = phase
             self._compress() if self.compressed else self._decompress()
 

@@ -84,13 +84,7 @@ class GaP(PrunedTraining):
         if unit < 0:
             raise ValueError(f"epochs and steps count from 0: {unit}")
         stage = min(unit // self.units, self.rounds * len(self.partitions))
-        if stage not in (self.stage, self.stage + 1):
-            raise ValueError(
-                f"{unit} is in turn {stage}, but the present one is {self.stage}: call begin() for every epoch (or "
-                "step) in order, and load_state_dict() first when training resumes"
-            )
-        self._check_pruned()
-        if stage != self.stage:
+        if self._enters(unit, "turn", stage, self.stage):
             before, self.stage = self.grown if self.stage >= 0 else tuple(self._weights), stage
             masks = {**self.masks, **self._pruned(before)}
             self._prune({name: mask for name, mask in masks.items() if name not in self.grown})

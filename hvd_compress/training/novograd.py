@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import optimizer_options
+from .by_parameter import ByParameter
 
 
-class NovoGrad(torch.optim.Optimizer):
+class NovoGrad(ByParameter):
     """NovoGrad (Ginsburg et al., 2019, arXiv 1905.11286): momentum of gradients that are normalised by layer.
 
     With g the gradient of a parameter, a tensor of any shape, and w the parameter:
@@ -42,25 +42,9 @@ class NovoGrad(torch.optim.Optimizer):
         *,
         grad_averaging: bool = False,
     ) -> None:
-        optimizer_options.check(lr, betas, eps, weight_decay)
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**options, "grad_averaging": grad_averaging})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
+        super().__init__(params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        if gradient.is_sparse:
-            raise RuntimeError("NovoGrad takes no sparse gradients: make the embedding with sparse=False")
         first, second = group["betas"]
         state = self.state[parameter]
         square = torch.linalg.vector_norm(gradient).square()

@@ -109,6 +109,19 @@ class PrunedTraining:
         self._stepped = True
         self.apply_masks()
 
+    def _enters(self, unit: int, kind: str, number: int, present: int) -> bool:
+        """Whether `unit` is the first of the phase (or turn: `kind`) with this number, after the present one.
+
+        Raises ValueError when one was skipped, RuntimeError when pruned weights have come back to life.
+        """
+        if number not in (present, present + 1):
+            raise ValueError(
+                f"{unit} is in {kind} {number}, but the present one is {present}: call begin() for every epoch (or "
+                "step) in order, and load_state_dict() first when training resumes"
+            )
+        self._check_pruned()
+        return number != present
+
     def _check_pruned(self) -> None:
         """Catch weights that something else than an optimizer of torch moves: nothing masks them then."""
         if not self._stepped and any(bool(self._weights[name][~mask].any()) for name, mask in self.masks.items()):

@@ -134,7 +134,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
         },
         "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "log_file", "records", "spans", "trace")},
         "training": {
-            f"hvd_compress.training.{name}" for name in ("masks", "momentum", "optimizer_options", "pruned", "schedule")
+            f"hvd_compress.training.{name}" for name in ("by_parameter", "masks", "momentum", "pruned", "schedule")
         },
     }
     for module in MODULES:
