@@ -111,7 +111,7 @@ Make = Callable[[Setting], GradientCompression]
 _ADAPTIVE_WINDOW = 10
 _BETAS = (0.9, 0.999)
 _OF_ADAM = ("onebit_adam",)
-_OF_SGD = ("dgc", "acdc", "gap")  # whose momentum, or restart of it, is that of SGD
+_OF_SGD = ("dgc", "acdc", "gap")  # tried with the momentum of SGD alone, or having it themselves
 # Percent of the steps. The published schedules are of 100 epochs and more; their phases, of a twentieth and less of so
 # short a training, leave the sparse model no time to recover.
 _PHASES = Schedule((20, 20, 30, 30))

@@ -42,7 +42,7 @@ _armed = -_REARM_SECONDS
 # Of what a test needs of its job; where it lacks that, the test is left out.
 _NEEDS: dict[str, Callable[[Job], bool]] = {
     "several": lambda job: job.size > 1,
-    "horovod": lambda job: job.is_horovod and job.size > 1,
+    "horovod": lambda job: job.is_horovod,
     "plain_mpi": lambda job: job.backend == "mpi4py",
     "optimizers": lambda job: job.backend != "torch",
     "torch_job": lambda job: job.backend == "torch",
