@@ -106,15 +106,15 @@ def main() -> None:
 
     for task in tasks:
         for ranks in sizes:
-            epochs = TASKS[task].epochs_of(ranks)
+            epochs, simulated = TASKS[task].epochs_of(ranks), ranks > MOST_REAL_RANKS
             todo = [
                 (task, m, seed)
                 for m in methods
                 for seed in seeds
-                if applies(m, TASKS[task]) and (task, m, ranks, epochs, seed) not in done
+                if applies(m, TASKS[task], simulated=simulated) and (task, m, ranks, epochs, seed) not in done
             ]
             if todo:
-                (train_job if ranks <= MOST_REAL_RANKS else train_here)(ranks, todo, report)
+                (train_here if simulated else train_job)(ranks, todo, report)
     for table in tables(rows):
         console.print(table)
     if BASELINE not in {row["method"] for row in rows}:

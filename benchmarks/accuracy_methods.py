@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression, GradientCompression
+from hvd_compress.local_steps import LocalSteps, Nesterov, Outer, SparseLoCo
 from hvd_compress.optim import OneBitAdam
 from hvd_compress.training import ACDC, GaP, NovoGrad, Schedule, prune_activation_gradients
 
@@ -154,10 +155,19 @@ METHODS: dict[str, Make] = {
     "acdc": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "gap": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "activation_pruning": lambda s: Compression.none(s.named),
+    "diloco": lambda s: Compression.none(s.named),
+    "diloco_4_bits": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
+    "sparseloco": lambda s: Compression.topk(s.named, density=1 / 64, value_bits=4),
 }
+# Each rank makes so many steps of its own; what is exchanged is where they have led.
+_EVERY = 30
+_OUTER: dict[str, Outer] = {"diloco": Nesterov(), "diloco_4_bits": Nesterov(), "sparseloco": SparseLoCo()}
 
 
-def applies(method: str, task: Task) -> bool:
+def applies(method: str, task: Task, *, simulated: bool) -> bool:
+    """Simulated ranks share one model, so that there are no local steps."""
+    if method in _OUTER:
+        return not simulated
     if method in _OF_SGD:
         return task.optimizer == "sgd"
     return method not in _OF_ADAM or task.optimizer == "adam"
@@ -173,6 +183,13 @@ def optimizer_of(method: str, setting: Setting, compression: GradientCompression
     if setting.task.optimizer == "novograd":
         return NovoGrad(parameters, lr)
     return torch.optim.SGD(parameters, lr, momentum=0.0 if method == "dgc" else 0.9)
+
+
+def local_steps_of(
+    method: str, optimizer: torch.optim.Optimizer, compression: GradientCompression
+) -> LocalSteps | None:
+    every = int(os.environ.get("EVERY") or _EVERY)
+    return LocalSteps(optimizer, compression, every=every, outer=_OUTER[method]) if method in _OUTER else None
 
 
 def clip_of(method: str, task: Task) -> float | None:

@@ -6,11 +6,12 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_methods import METHODS, TASKS, Setting, clip_of, optimizer_of, scores, technique
+from accuracy_methods import METHODS, TASKS, Setting, clip_of, local_steps_of, optimizer_of, scores, technique
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -78,21 +79,28 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
 
     training, start = _Training(combination, [hvd.rank()], hvd.size()), time.perf_counter()
     compression = METHODS[training.method](training.setting)
-    optimizer = hvd.DistributedOptimizer(
-        optimizer_of(training.method, training.setting, compression), training.setting.named, compression=compression
-    )
+    optimizer = optimizer_of(training.method, training.setting, compression)
     hvd.broadcast_parameters(training.model.state_dict(), root_rank=0)
+    local = local_steps_of(training.method, optimizer, compression)
+    if local is None:
+        optimizer = hvd.DistributedOptimizer(optimizer, training.setting.named, compression=compression)
     schedule = training.schedule(optimizer)
     with technique(training.method, training.setting, training.model, optimizer, hvd.rank()):
         for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.epochs)):
             training.begin(step)
             optimizer.zero_grad()
             cross_entropy(training.model(inputs), wanted).backward()
-            optimizer.synchronize()
+            if local is None:
+                optimizer.synchronize()
             training.clip_gradients()
-            with optimizer.skip_synchronize():
+            with nullcontext() if local else optimizer.skip_synchronize():
                 optimizer.step()
+            if local:
+                local.step()
             schedule.step()
+        if local:
+            local.finish()
+            local.close()
         check_equal(hvd.allgather_object(fingerprint(training.model)))
         sent = hvd.allgather_object(sent_bytes_of(compression))
         return training.row(sum(sent) / len(sent), time.perf_counter() - start)

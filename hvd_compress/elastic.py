@@ -4,6 +4,8 @@ from hvd_compress import elastic
 
 elastic.register()
 state = hvd.elastic.TorchState(model, optimizer, compression=compression, epoch=0)
+
+With LocalSteps, it takes the place of its compression: TorchState(model, optimizer, local=local, epoch=0).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .gradient_compression import GradientCompression
+from .local_steps import LocalSteps
 from .log import log
 
 
@@ -47,26 +50,55 @@ class Keeper:
             )
 
 
+class LocalStepsKeeper:
+    """What a worker has committed of LocalSteps and of its compression. New workers take over what rank 0 shares."""
+
+    def __init__(self, local: LocalSteps) -> None:
+        self.save(local)
+
+    def save(self, local: LocalSteps) -> None:
+        self._saved = local.state_dict(), local.compression.snapshot()
+
+    def restore(self, local: LocalSteps) -> None:
+        state, snapshot = self._saved
+        local.leave()
+        local.load_state_dict(state)
+        local.compression.go_back(snapshot)
+
+    def sync(self, local: LocalSteps, broadcast: Callable[[Any], Any], size: int) -> None:
+        """Go on together with all workers there are now; `broadcast` gives what rank 0 has."""
+        local.leave()
+        state, local.compression.progress = broadcast((local.state_dict(), local.compression.progress))
+        local.load_state_dict(state)
+        self.save(local)
+
+
 def register() -> None:
-    """Teach `horovod.torch.elastic.TorchState` what a compression is; call it once, before the state is made."""
+    """Teach `horovod.torch.elastic.TorchState` what a compression is, and what LocalSteps are; call it once, before the
+    state is made."""
     import horovod.torch as hvd
     from horovod.torch.elastic import state
     from horovod.torch.functions import broadcast_object
 
-    class CompressionStateHandler(state.StateHandler):
-        def __init__(self, compression: GradientCompression) -> None:
-            super().__init__(compression)
-            self._keeper = Keeper(compression)
+    def handler(keeper: type[Keeper] | type[LocalStepsKeeper]) -> Any:
+        class KeptStateHandler(state.StateHandler):
+            def __init__(self, value: Any) -> None:
+                super().__init__(value)
+                self._keeper = keeper(value)
 
-        def save(self) -> None:
-            self._keeper.save(self.value)
+            def save(self) -> None:
+                self._keeper.save(self.value)
 
-        def restore(self) -> None:
-            self._keeper.restore(self.value)
+            def restore(self) -> None:
+                self._keeper.restore(self.value)
 
-        def sync(self) -> None:
-            self._keeper.sync(self.value, lambda value: broadcast_object(value, root_rank=0), hvd.size())
+            def sync(self) -> None:
+                self._keeper.sync(self.value, lambda value: broadcast_object(value, root_rank=0), hvd.size())
+
+        return KeptStateHandler
 
     registry = state.get_handler_registry()
-    if not any(handled is GradientCompression for handled, _ in registry):
-        state.set_handler_registry([*registry, (GradientCompression, CompressionStateHandler)])
+    known = [handled for handled, _ in registry]
+    keepers = {GradientCompression: Keeper, LocalSteps: LocalStepsKeeper}
+    new = [(kept, handler(keeper)) for kept, keeper in keepers.items() if kept not in known]
+    state.set_handler_registry([*registry, *new])

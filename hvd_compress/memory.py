@@ -152,12 +152,13 @@ class ErrorFeedback:
         self._spare.update((name, room) for name, room in self._proposed.items() if name in self._reused)
         self._proposed.clear()
 
-    def rescale(self, factor: float) -> None:
-        """Multiply all that is in units of the gradient, as when the loss scale changes."""
+    def rescale(self, factor: float, names: Container[str] | None = None) -> None:
+        """Multiply all that is in units of the gradient, of all parameters or these: as when the loss scale changes."""
         if factor == 1:
             return
-        for name, residual in self.residuals.items():
-            if owner(name)[1] in _SCALED:
+        for of, residual in self.residuals.items():
+            name, kind = owner(of)
+            if kind in _SCALED and (names is None or name in names):
                 residual.mul_(factor)
 
     def fold(self, kept: Container[tuple[str, int, int]], numels: Mapping[str, int]) -> None:
