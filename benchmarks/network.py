@@ -31,7 +31,7 @@ _TCP = ("--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_
 def emulated(options: argparse.Namespace, console: Console) -> Iterator[list[dict[str, Any]]]:
     """Rows of one job after the other."""
     for count in options.hosts:
-        with Hosts(count) as hosts:
+        with Hosts(count, options.ranks_per_host) as hosts:
             for rate in options.rates:
                 hosts.limit(rate)
                 reached = hosts.throughput()
@@ -40,9 +40,11 @@ def emulated(options: argparse.Namespace, console: Console) -> Iterator[list[dic
                     console.print(f"[red]that is less than 85 % of {rate}: this machine is too slow, or busy[/]")
                 links = jobs.told(["-m", "hvd_compress", "doctor", "--json"], hosts.mpirun)
                 for parameters in options.parameters:
-                    network = ["--interface", hosts.interface, "--master", f"{hosts.addresses[0]}:{_PORT}"]
+                    network = ["--interface", hosts.interface, "--sharers", str(hosts.ranks_per_host)]
+                    network += ["--master", f"{hosts.addresses[0]}:{_PORT}"]
                     rows = rows_of(_program(options, parameters) + network, hosts.mpirun)
                     kind = {"network": "emulated", "hosts": count, "rate_mbit": megabits(rate)}
+                    kind |= {"ranks_per_host": hosts.ranks_per_host}
                     kind |= {"reached_mbit": round(reached, 1), "parameters": parameters, "doctor": links}
                     yield _with_bound([kind | row for row in rows])
 
@@ -83,7 +85,11 @@ def parse() -> argparse.Namespace:
         "methods",
         ",".join(_DEFAULT_METHODS),
         f"{', '.join(network_methods.PEERS)}; NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time, under "
-        "Horovod; hook-NAME... for the same by the hook of DistributedDataParallel",
+        "Horovod; hook-NAME... for the same by the hook of DistributedDataParallel; local-NAME... to exchange after "
+        f"every {network_methods.EVERY} LocalSteps",
+    )
+    parser.add_argument(
+        "--ranks-per-host", type=int, default=int(os.environ.get("RANKS_PER_HOST") or 1), help="of emulated hosts"
     )
     parser.add_argument(
         "--seconds",
@@ -96,6 +102,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or None, help="JSON; the plot goes beside it")
     options = parser.parse_args()
+    if options.ranks_per_host < 1:
+        parser.error(f"--ranks-per-host must be at least 1: {options.ranks_per_host}")
     try:
         options.hosts = [int(count) for count in options.hosts]
         [megabits(rate) for rate in options.rates]
@@ -113,7 +121,7 @@ def main() -> None:
     options = parse()
     jobs.prepare()
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(machine(max(options.hosts)))
+    console.print(machine(max(options.hosts) * options.ranks_per_host))
     rows: list[dict[str, Any]] = []
     for found in (loopback if options.loopback else emulated)(options, console):
         rows += found

@@ -61,10 +61,11 @@ def run(*command: str) -> str:
 class Hosts:
     """`count` hosts, h0, h1, ..., as a context: two are joined by a cable, more by a switch."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, ranks_per_host: int = 1) -> None:
         if not 2 <= count <= 200:
             raise ValueError(f"2 to 200 hosts can be joined: {count}")
         self.count = count
+        self.ranks_per_host = ranks_per_host
         self.names = [f"h{number}" for number in range(count)]
         self.addresses = [f"{_NETWORK}.{number + 1}" for number in range(count)]
         self.interface = INTERFACE
@@ -160,10 +161,10 @@ class Hosts:
         return ["ip", "netns", "exec", self.namespace(host), *command]
 
     def mpirun(self, program: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-        """The command that runs `program` with a rank on every host and, besides PATH, these variables."""
+        """The command that runs `program` with its ranks on every host and, besides PATH, these variables."""
         assert self._files is not None
         network, agent = f"{_NETWORK}.0/24", f"{self._files.name}/agent"
-        options = ["--host", ",".join(f"{host}:1" for host in self.names), "--bind-to", "none"]
+        options = ["--host", ",".join(f"{host}:{self.ranks_per_host}" for host in self.names), "--bind-to", "none"]
         options += ["--prtemca", "plm_ssh_agent", agent, "--prtemca", "prte_if_include", network]
         if _open_mpi_major() < 5:
             options[-6:] = ["--mca", "plm_rsh_agent", agent, "--mca", "oob_tcp_if_include", network]

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from hvd_compress import Compression, GradientCompression
 from hvd_compress.commands import methods
+from hvd_compress.local_steps import LocalSteps
 
 _VOCABULARY, _WIDTH, _LAYERS, _LENGTH = 6000, 512, 6, 64
 
@@ -65,6 +66,7 @@ PEERS = (
     *("ddp-none", "ddp-fp16", "ddp-powersgd1", "ddp-powersgd4"),
 )
 _LGRECO = ("lgreco-bytes", "lgreco-time")
+EVERY = 30  # local steps between two exchanges
 
 
 class Trained:
@@ -78,11 +80,17 @@ class Trained:
         momentum = 0.0 if (variant if family == "hook" else method).startswith("dgc") else 0.9  # which it has itself
         self.model, self.optimizer = self.plain, torch.optim.SGD(self.plain.parameters(), lr=1e-3, momentum=momentum)
         self.compression: GradientCompression | None = None
+        self.local: LocalSteps | None = None
         if family == "ddp":
             self.model = _distributed(self.plain, variant)
         elif family == "hook":
             self.compression = ours(variant)(self.plain.named_parameters())
             self.model = _hooked(self.plain, self.compression)
+        elif family == "local":
+            import horovod.torch as hvd
+
+            self.compression = ours(variant)(self.plain.named_parameters())
+            self.local = LocalSteps(self.optimizer, self.compression, every=EVERY, over=hvd.global_process_set)
         elif method != "bound":
             # Horovod remembers tensors by name: those of several optimizers in one process must not share any.
             named = [(f"{method}.{name}", parameter) for name, parameter in self.plain.named_parameters()]
@@ -96,12 +104,19 @@ class Trained:
             compression = getattr(hvd.Compression, horovods)
         self.optimizer = hvd.DistributedOptimizer(self.optimizer, named, compression=compression)
 
+    @property
+    def period(self) -> int:
+        """Steps after which the replicas are equal."""
+        return EVERY if self.local else 1
+
     def step(self, batch: Batch) -> float:
         inputs, wanted = batch
         self.optimizer.zero_grad()
         loss = cross_entropy(self.model(inputs), wanted)
         loss.backward()
         self.optimizer.step()
+        if self.local:
+            self.local.step()
         return float(loss.detach())
 
 
@@ -159,4 +174,4 @@ def check(methods: list[str]) -> None:
     """Raise ValueError unless all are methods."""
     for method in methods:
         if method not in PEERS:
-            ours(method.removeprefix("hook-"))
+            ours(method.removeprefix("hook-").removeprefix("local-"))

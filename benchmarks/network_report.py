@@ -25,7 +25,8 @@ def machine(ranks: int) -> str:
 
 def title_of(row: Row) -> str:
     rate = "loopback" if row["rate_mbit"] is None else f"{row['rate_mbit']:g} Mbit/s"
-    return f"{row['hosts']} hosts, {rate}, {row['parameters']} parameters"
+    ranks = row.get("ranks_per_host", 1)
+    return f"{row['hosts']} hosts{f' of {ranks} ranks' * (ranks > 1)}, {rate}, {row['parameters']} parameters"
 
 
 def table_of(rows: Sequence[Row]) -> Table:

@@ -70,9 +70,9 @@ def measure(rank: Rank, seconds: float) -> list[dict[str, object]]:
     """Rounds in which every method has a block, in changing order; of each the median."""
     steps, estimate = {}, {}
     for trained in rank.trained:
-        once = [rank.block(trained, 1)[0] for _ in range(WARM_UP_STEPS)][-2:]
+        once = [rank.block(trained, trained.period)[0] for _ in range(WARM_UP_STEPS)][-2:]
         estimate[trained.method] = min(once)
-        steps[trained.method] = max(1, min(10, round(_BLOCK_SECONDS / min(once))))
+        steps[trained.method] = trained.period * max(1, min(10, round(_BLOCK_SECONDS / min(once) / trained.period)))
     least, most = _ROUNDS
     whole = sum(steps[method] * estimate[method] for method in steps)
     rounds = max(least, min(most, int(seconds / whole)))
