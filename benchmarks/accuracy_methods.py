@@ -38,7 +38,7 @@ class Task:
     clip: float | None  # limit of the norm of the combined gradient
     places: dict[str, str]  # where activation gradients are pruned
     dgc_clip: float | None  # in place of `clip`: local, of each tensor, before the momentum
-    optimizer: str = "sgd"  # with momentum, in one cycle; "adam" and "novograd" at a constant rate
+    optimizer: str = "sgd"  # with momentum, or "adamw", in one cycle; "adam" and "novograd" at a constant rate
 
     def epochs_of(self, ranks: int) -> int:
         """As EPOCHS says; half as many for many simulated ranks, which take as long as that number of real ones."""
@@ -88,6 +88,20 @@ TASKS = {
         optimizer="adam",
     ),
 }
+TASKS["gpt_adamw"] = Task(
+    lambda: stdlib_text.load_reference(300_000, 50_000),
+    stdlib_text.CharGPT,
+    stdlib_text.nats_per_character,
+    "validation, nats/char",
+    better=-1,
+    epochs=4,
+    global_batch=64,
+    lr=3e-3,
+    clip=1.0,
+    places={"output": "input"},
+    dgc_clip=None,
+    optimizer="adamw",
+)
 TASKS["gru_novograd"] = replace(TASKS["gru_adam"], lr=0.02, optimizer="novograd")
 
 
@@ -111,6 +125,7 @@ Make = Callable[[Setting], GradientCompression]
 
 _ADAPTIVE_WINDOW = 10
 _BETAS = (0.9, 0.999)
+_WEIGHT_DECAY = 0.01  # of AdamW
 _OF_ADAM = ("onebit_adam",)
 _OF_SGD = ("dgc", "acdc", "gap")  # tried with the momentum of SGD alone, or having it themselves
 # Percent of the steps. The published schedules are of 100 epochs and more; their phases, of a twentieth and less of so
@@ -170,16 +185,17 @@ def applies(method: str, task: Task, *, simulated: bool) -> bool:
         return not simulated
     if method in _OF_SGD:
         return task.optimizer == "sgd"
-    return method not in _OF_ADAM or task.optimizer == "adam"
+    return method not in _OF_ADAM or task.optimizer.startswith("adam")
 
 
 def optimizer_of(method: str, setting: Setting, compression: GradientCompression) -> torch.optim.Optimizer:
     """The task's; DGC has its momentum, and its clipping, in the compressor."""
     parameters, lr = [p for _, p in setting.named], setting.task.lr
+    decay = _WEIGHT_DECAY if setting.task.optimizer == "adamw" else 0.0
     if method == "onebit_adam":
-        return OneBitAdam(parameters, lr, _BETAS, compression=compression)
-    if setting.task.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr, _BETAS)
+        return OneBitAdam(parameters, lr, _BETAS, weight_decay=decay, compression=compression)
+    if setting.task.optimizer.startswith("adam"):
+        return torch.optim.AdamW(parameters, lr, _BETAS, weight_decay=decay)  # without decay, it is Adam
     if setting.task.optimizer == "novograd":
         return NovoGrad(parameters, lr)
     return torch.optim.SGD(parameters, lr, momentum=0.0 if method == "dgc" else 0.9)

@@ -45,7 +45,7 @@ class _Training:
             self.setting.pruned.begin(step)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        if self.task.optimizer != "sgd":
+        if self.task.optimizer not in ("sgd", "adamw"):
             return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.task.lr, self.setting.steps, cycle_momentum=False)
 

@@ -6,7 +6,6 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -17,27 +16,11 @@ from hvd_compress import Compression, ddp
 from report import Report
 
 
-class GPT(nn.Module):
-    """Two layers of causal attention: 438,000 parameters."""
-
-    def __init__(self, width: int = 128, symbols: int = 128, length: int = 64) -> None:
-        super().__init__()
-        self.symbols, self.places = nn.Embedding(symbols, width), nn.Parameter(torch.zeros(length, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.output = nn.Linear(width, symbols, bias=False)
-
-    def forward(self, text: Tensor) -> Tensor:
-        """Logits, [batch, symbols, length], of the characters that follow those of `text`, [batch, length]."""
-        mask = nn.Transformer.generate_square_subsequent_mask(text.shape[1])
-        return self.output(self.layers(self.symbols(text) + self.places, mask, is_causal=True)).transpose(1, 2)
-
-
 def train(method: str, options: argparse.Namespace, report: Report) -> None:
     torch.manual_seed(options.seed)
     train_set, test_set = stdlib_text.load()
     shard = Shard(train_set, dist.get_rank(), dist.get_world_size(), seed=options.seed, batch_size=16)
-    net = GPT()
+    net = stdlib_text.CharGPT()
     model = DistributedDataParallel(net)
 
     # All that compression needs; `none` is here so that its bytes are counted, too.

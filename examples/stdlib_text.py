@@ -1,10 +1,11 @@
-"""The text of Python's own standard library, and small recurrent networks that predict its next character."""
+"""Texts that every Python has, and small networks that predict their next character."""
 
 from __future__ import annotations
 
 import random
 import sysconfig
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +44,42 @@ class CharGRU(nn.Module):
         return self.output(self.gru(self.embedding(text))[0]).transpose(1, 2)
 
 
+class CharGPT(nn.Module):
+    """Two layers of causal attention: 438,000 parameters."""
+
+    def __init__(self, width: int = 128, symbols: int = _SYMBOLS, length: int = _WINDOW) -> None:
+        super().__init__()
+        self.symbols, self.places = nn.Embedding(symbols, width), nn.Parameter(torch.zeros(length, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.output = nn.Linear(width, symbols, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """As of CharLM."""
+        mask = nn.Transformer.generate_square_subsequent_mask(text.shape[1])
+        return self.output(self.layers(self.symbols(text) + self.places, mask, is_causal=True)).transpose(1, 2)
+
+
 def load(train_characters: int = 600_000, test_characters: int = 50_000) -> tuple[TensorDataset, TensorDataset]:
-    """Windows of characters, and the same shifted by one; those to validate with are from files of their own."""
+    """Windows of characters of the standard library, and the same shifted by one; those to validate with are from files
+    of their own."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    random.Random(0).shuffle(files)
-    held_out = len(files) // 10
-    return _windows(files[held_out:], train_characters), _windows(files[:held_out], test_characters)
+    return _split([file.read_text("utf-8") for file in files], train_characters, test_characters)
 
 
-def _windows(files: list[Path], characters: int) -> TensorDataset:
-    text = b"".join(file.read_text("utf-8").encode("ascii", "replace") for file in files)
+def load_reference(train_characters: int, test_characters: int) -> tuple[TensorDataset, TensorDataset]:
+    """As `load`, of English: the language reference that help() shows, some 700,000 characters."""
+    return _split([text for _, text in sorted(topics.items())], train_characters, test_characters)
+
+
+def _split(texts: list[str], train_characters: int, test_characters: int) -> tuple[TensorDataset, TensorDataset]:
+    random.Random(0).shuffle(texts)
+    held_out = len(texts) // 10
+    return _windows(texts[held_out:], train_characters), _windows(texts[:held_out], test_characters)
+
+
+def _windows(texts: list[str], characters: int) -> TensorDataset:
+    text = "".join(texts).encode("ascii", "replace")
     codes = torch.tensor(list(text[: characters + 1]))
     whole = (len(codes) - 1) // _WINDOW * _WINDOW
     return TensorDataset(codes[:whole].view(-1, _WINDOW), codes[1 : whole + 1].view(-1, _WINDOW))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from . import environment
 from .adaptive import Accordion, LGreCo, Options, Planner, Policy, Replay, TimeCost
@@ -27,6 +30,9 @@ from .compressors import (
     TopKCompressor,
 )
 from .gradient_compression import GradientCompression, bound_compression
+from .launcher import rank_of
+from .log import warn_once
+from .recommendation import Accuracy, recommend
 from .schedules import ExponentialWarmup, Rate
 
 
@@ -67,6 +73,25 @@ class Compression:
 
     bf16 = _Unbound()
     """Cast to bfloat16, added in float32; on the CPU too, where Horovod itself has no bfloat16."""
+
+    @staticmethod
+    def recommended(
+        named_parameters: NamedParameters,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accuracy: Accuracy = "safe",
+        **options: Any,
+    ) -> GradientCompression:
+        """The method to begin with, for this optimizer; says on rank 0 which, and why. See docs/accuracy.md.
+
+        optimizer: whose gradients they are, as it is before it is distributed.
+        accuracy: "safe", where no loss was seen; "aggressive", for fewest bytes at a loss that most trainings can bear.
+        """
+        chosen = recommend(optimizer, accuracy)
+        compression = _bound(chosen.compressor, named_parameters, options)
+        if compression.compressor == chosen.compressor and rank_of(os.environ) == 0:
+            warn_once(f"Compression.recommended takes {compression!r}: {chosen.why}")
+        return compression
 
     @staticmethod
     def terngrad(

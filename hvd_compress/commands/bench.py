@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..launcher import launcher_of
 from ..transports.base import Transport
 from . import methods, model_file, tables
-from .launcher import launcher_of
 from .links import slowest
 from .training import Trained, Way, named, way_of
 

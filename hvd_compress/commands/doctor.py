@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..launcher import launcher_of, rank_of
 from ..transports.base import Transport
 from .facts import Facts, facts_of_this_process
-from .launcher import launcher_of, rank_of
 from .links import Link, measure, measure_sums
 from .problems import cores_of, named_ranks, problems_of
 

@@ -150,3 +150,43 @@ def test_rank_and_size_are_those_of_one_before_the_first_exchange():
     compression = Compression.topk(model().named_parameters())
     assert (compression.rank, compression.size) == (0, 1)
     assert compression.loss_scale is None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "accuracy", "printed"),
+    [
+        (torch.optim.SGD, "safe", "Compression.qsgd(bits=4"),
+        (torch.optim.AdamW, "safe", "Compression.qsgd(bits=4"),
+        (torch.optim.Adam, "aggressive", "Compression.onebit(momentum=0.0"),
+        (torch.optim.SGD, "aggressive", "Compression.topk(density=0.01, value_bits=8"),
+    ],
+)
+def test_what_is_recommended_goes_by_the_optimizer_and_is_said(optimizer, accuracy, printed, caplog, monkeypatch):
+    monkeypatch.setattr(hvd_compress.compression, "warn_once", hvd_compress.log.log.warning)
+    of = model()
+    mine = optimizer(of.parameters(), lr=0.1)
+    compression = Compression.recommended(of.named_parameters(), mine, accuracy=accuracy, exclude="1.*")
+    assert repr(compression).startswith(printed)
+    assert compression.exclude == ("1.*",)
+    (said,) = caplog.messages
+    assert said.startswith(f"Compression.recommended takes {printed}")
+    assert optimizer.__name__ in said
+
+
+def test_what_is_recommended_is_said_on_rank_0_alone_and_gives_way_to_the_operator(caplog, monkeypatch):
+    of = model()
+    mine = torch.optim.SGD(of.parameters(), lr=0.1)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    Compression.recommended(of.named_parameters(), mine, accuracy="aggressive", bucket_bytes=77)
+    assert not caplog.messages
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("HVD_COMPRESS_METHOD", "terngrad")
+    other = Compression.recommended(of.named_parameters(), mine)
+    assert repr(other).startswith("Compression.terngrad(")
+    assert not any("recommended" in text for text in caplog.messages)
+
+
+def test_an_accuracy_that_is_none_is_refused():
+    of = model()
+    with pytest.raises(ValueError, match="accuracy must be 'safe' or 'aggressive': 'high'"):
+        Compression.recommended(of.named_parameters(), torch.optim.SGD(of.parameters(), lr=0.1), accuracy="high")

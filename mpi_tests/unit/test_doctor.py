@@ -16,9 +16,9 @@ import torch
 
 from hvd_compress.commands import main
 from hvd_compress.commands.facts import Facts
-from hvd_compress.commands.launcher import launcher_of
 from hvd_compress.commands.links import measure, pairs_of
 from hvd_compress.commands.problems import problems_of
+from hvd_compress.launcher import launcher_of
 from hvd_compress.transports.base import Pending, Transport
 
 GOOD: Facts = {
