@@ -10,7 +10,7 @@ export MPI TORCH PYTHON
 run := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ddp test-repeat test-long check check-native wheel format clean distclean
+.PHONY: help setup demo test test-ddp test-repeat test-long check check-native docs wheel format clean distclean
 .PHONY: bench-codec bench-network bench-prediction bench-scale bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
 .PHONY: bench-faults bench-frames bench-soak
 
@@ -44,6 +44,10 @@ check: setup ## formatting, lint and types; changes nothing
 	$(run)/shellcheck scripts/* .ci/run
 	$(run)/yamllint --strict -d '{extends: default, rules: {line-length: {max: 110}, document-start: disable}}' docker
 	$(run)/hadolint docker/Dockerfile
+
+docs: setup ## build the pages of docs/ in build/docs; a link that leads nowhere is an error
+	@$(run)/mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 check-native: setup ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@scripts/check_native

@@ -113,7 +113,8 @@ class Compression:
     def adacomp(
         named_parameters: NamedParameters, *, bin_size: Rate | None = None, **options: Any
     ) -> GradientCompression:
-        """AdaComp: the active elements of each bin, with error feedback (Chen et al., AAAI 2018). See docs/adacomp.md.
+        """AdaComp: the active elements of each bin, with error feedback (Chen et al., AAAI 2018); it is patented, see
+        docs/methods/adacomp.md.
 
         bin_size: 1 to 16384, or a schedule of it; None for 50 in convolutions and 500 elsewhere.
         """

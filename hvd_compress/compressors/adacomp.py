@@ -1,6 +1,6 @@
 """AdaComp: residual compression that adapts to the activity in each bin (Chen et al., AAAI 2018, arXiv 1712.02679).
 
-US patent 11,295,208 B2 (IBM) reads on this method: see docs/adacomp.md before shipping it.
+US patent 11,295,208 B2 (IBM) reads on this method: see docs/methods/adacomp.md before shipping it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from hvd_compress import Compression
+
 from .launch import ROOT, no_control_codes, run_program, start
 
 EXAMPLES = [
@@ -17,7 +19,7 @@ EXAMPLES = [
     ("mpirun", 1, "mpi_digits.py", "adacomp"),
     ("torchrun", 2, "ddp_transformer.py", "topk"),
 ]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS += sorted((ROOT / "examples").glob("*.md"))
 
 
@@ -114,3 +116,23 @@ def test_documented_code_parses_and_imports_what_it_uses_of_this_package():
 def test_links_between_documents_lead_somewhere(document):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_every_method_has_a_page_with_what_it_costs_and_when_not_to_use_it():
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+    of_others = {"none", "masked", "lgreco", "accordion", "recommended"}  # docs/training.md, adaptive.md, index.md
+    half = {"fp16", "bf16"}
+    assert pages.keys() - {"half"} == {name for name in vars(Compression) if name[0] != "_"} - of_others - half
+    for name, page in pages.items():
+        for method in half if name == "half" else {name}:
+            assert f"Compression.{method}" in page
+        for what in ("on the wire", "a rank of N receives", "memory between steps", "accuracy: ", "## When not"):
+            assert what in page, f"{name}: {what}"
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml"]
+    ended = start([*map(str, command), "--site-dir", str(tmp_path)]).end(60)
+    assert ended.code == 0, str(ended)
+    assert (tmp_path / "index.html").exists()
