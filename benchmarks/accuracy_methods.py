@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression, GradientCompression
-from hvd_compress.local_steps import LocalSteps, Nesterov, Outer, SparseLoCo
+from hvd_compress.local_steps import Averaging, LocalSteps, Nesterov, Outer, SparseLoCo
 from hvd_compress.optim import OneBitAdam
 from hvd_compress.training import ACDC, GaP, NovoGrad, Schedule, prune_activation_gradients
 
@@ -170,13 +170,19 @@ METHODS: dict[str, Make] = {
     "acdc": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "gap": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "activation_pruning": lambda s: Compression.none(s.named),
+    "local_sgd": lambda s: Compression.none(s.named),
     "diloco": lambda s: Compression.none(s.named),
     "diloco_4_bits": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
     "sparseloco": lambda s: Compression.topk(s.named, density=1 / 64, value_bits=4),
 }
 # Each rank makes so many steps of its own; what is exchanged is where they have led.
 _EVERY = 30
-_OUTER: dict[str, Outer] = {"diloco": Nesterov(), "diloco_4_bits": Nesterov(), "sparseloco": SparseLoCo()}
+_OUTER: dict[str, Outer] = {
+    "local_sgd": Averaging(),
+    "diloco": Nesterov(),
+    "diloco_4_bits": Nesterov(),
+    "sparseloco": SparseLoCo(),
+}
 
 
 def applies(method: str, task: Task, *, simulated: bool) -> bool:
