@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hvd_compress import Compression
 from hvd_compress.connection import connect
+from hvd_compress.elastic import LocalStepsKeeper
 from hvd_compress.local_steps import Averaging, LocalSteps, Nesterov, SparseLoCo, _cut
 from hvd_compress.transports.local import LocalWorld
 
@@ -210,3 +211,26 @@ def test_half_precision_parameters_share_moves_smaller_than_their_steps():
         for parameter, shared in zip(of.parameters(), local._shared):
             torch.testing.assert_close(parameter.detach(), shared.bfloat16(), rtol=0, atol=0)
     assert any(not torch.equal(a, b) for a, b in zip(start, of.parameters()))
+
+
+def test_elastic_workers_go_back_to_what_was_committed_and_on_with_what_rank_0_shares():
+    of = model()
+    optimizer = torch.optim.SGD(of.parameters(), lr=0.1)
+    local = of_one_rank(optimizer, Compression.topk(of.named_parameters(), density=0.1, min_numel=1), every=2)
+    train(of, optimizer, range(4), local)
+    keeper, committed = LocalStepsKeeper(local), local.state_dict()
+    train(of, optimizer, range(4, 7), local)
+    assert (local.steps, local.rounds) == (7, 3)
+    keeper.restore(local)
+    restored = local.state_dict()
+    assert {key: restored[key] for key in ("steps", "rounds", "since")} == {"steps": 4, "rounds": 2, "since": [0]}
+    for name, shared in committed["shared"].items():
+        assert torch.equal(shared, restored["shared"][name])
+        assert torch.equal(committed["moments"][name]["momentum"], restored["moments"][name]["momentum"])
+
+    optimizer, pairs = named()
+    others = of_one_rank(optimizer, Compression.none(pairs), every=2)
+    given = []
+    LocalStepsKeeper(others).sync(others, lambda mine: given.append(mine) or (committed, mine[1]), 2)
+    assert others.steps == given[0][0]["steps"] + 4 == 4
+    assert torch.equal(others.state_dict()["shared"]["0.weight"], committed["shared"]["0.weight"])
