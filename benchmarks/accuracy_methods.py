@@ -171,6 +171,7 @@ METHODS: dict[str, Make] = {
     "gap": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "activation_pruning": lambda s: Compression.none(s.named),
     "local_sgd": lambda s: Compression.none(s.named),
+    "local_sgd_4_bits": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
     "diloco": lambda s: Compression.none(s.named),
     "diloco_4_bits": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
     "sparseloco": lambda s: Compression.topk(s.named, density=1 / 64, value_bits=4),
@@ -179,6 +180,7 @@ METHODS: dict[str, Make] = {
 _EVERY = 30
 _OUTER: dict[str, Outer] = {
     "local_sgd": Averaging(),
+    "local_sgd_4_bits": Averaging(),
     "diloco": Nesterov(),
     "diloco_4_bits": Nesterov(),
     "sparseloco": SparseLoCo(),
