@@ -56,7 +56,7 @@ class LocalSteps:
         Its state stays this rank's.
     compression: bound to the parameters, and used for nothing else.
     every: steps between exchanges of a parameter.
-    outer: Averaging(), Nesterov() as in DiLoCo, or SparseLoCo().
+    outer: Averaging(), the default, Nesterov() as in DiLoCo, or SparseLoCo().
     fragments: the parameters are cut into as many parts of about the same size, exchanged in turn, every / fragments
         steps apart (Douillard et al., 2025, arXiv 2501.18512): as many bytes, in smaller portions.
     over: an mpi4py communicator, a torch.distributed process group or a Horovod process set; None for all ranks of what
@@ -78,7 +78,7 @@ class LocalSteps:
         fragments: int = 1,
         over: Any = None,
     ) -> None:
-        self.outer = Nesterov() if outer is None else outer
+        self.outer = Averaging() if outer is None else outer
         self.every = every
         self.compression = compression
         self._check(optimizer, fragments)
@@ -107,7 +107,7 @@ class LocalSteps:
         if compressor.replaces or compressor.keeps_momentum:
             raise ValueError(
                 f"{compression!r} has a momentum of gradients, and what is exchanged here are no gradients. Remedy: "
-                "Compression.topk or onebit without momentum; outer=Nesterov() has a momentum"
+                "Compression.topk, or onebit without momentum; outer=Nesterov() has a momentum"
             )
         if self.outer.decay != 1 and not (compressor.stateful or isinstance(compressor, NoneCompressor)):
             raise ValueError(

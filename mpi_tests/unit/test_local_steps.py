@@ -216,7 +216,8 @@ def test_half_precision_parameters_share_moves_smaller_than_their_steps():
 def test_elastic_workers_go_back_to_what_was_committed_and_on_with_what_rank_0_shares():
     of = model()
     optimizer = torch.optim.SGD(of.parameters(), lr=0.1)
-    local = of_one_rank(optimizer, Compression.topk(of.named_parameters(), density=0.1, min_numel=1), every=2)
+    compression = Compression.topk(of.named_parameters(), density=0.1, min_numel=1)
+    local = of_one_rank(optimizer, compression, every=2, outer=Nesterov())
     train(of, optimizer, range(4), local)
     keeper, committed = LocalStepsKeeper(local), local.state_dict()
     train(of, optimizer, range(4, 7), local)
@@ -229,7 +230,7 @@ def test_elastic_workers_go_back_to_what_was_committed_and_on_with_what_rank_0_s
         assert torch.equal(committed["moments"][name]["momentum"], restored["moments"][name]["momentum"])
 
     optimizer, pairs = named()
-    others = of_one_rank(optimizer, Compression.none(pairs), every=2)
+    others = of_one_rank(optimizer, Compression.none(pairs), every=2, outer=Nesterov())
     given = []
     LocalStepsKeeper(others).sync(others, lambda mine: given.append(mine) or (committed, mine[1]), 2)
     assert others.steps == given[0][0]["steps"] + 4 == 4
