@@ -13,7 +13,8 @@ from ..environment import method as asked_for
 from ..gradient_compression import GradientCompression
 from ..prediction import PLAIN, Maker
 
-_OF_OTHERS = {"masked", "lgreco", "accordion"}  # which need masks, or a compression whose rates they choose
+# Which need masks, a compression whose rates they choose, or an optimizer by which they choose one.
+_OF_OTHERS = {"masked", "lgreco", "accordion", "recommended"}
 NAMES = tuple(name for name in vars(Compression) if not name.startswith("_") and name not in _OF_OTHERS)
 
 
