@@ -88,8 +88,8 @@ def test_parameters_are_what_the_formulas_say(job: Job, rule: str) -> None:
         assert_close(named, expected(rule, job.size, 3, 3, largest if compressed else torch.clone), 1e-5)
 
 
-@pytest.mark.parametrize("method", ["terngrad", "onebit", "powersgd", "scalecom", "scattered"])
-def test_every_method_and_topology_gives_equal_replicas(job: Job, method: str) -> None:
+@pytest.mark.parametrize("method", ["onebit", "powersgd", "scattered"])
+def test_frames_sums_and_scattered_frames_give_equal_replicas(job: Job, method: str) -> None:
     mine = model()
     optimizer = inner(mine)
     compression = MAKE[method](mine.named_parameters())
