@@ -33,9 +33,9 @@ class Binding:
         _check(pairs, exclude)
         self.parameters = [parameter for _, parameter in pairs]
         # What is exchanged of complex parameters are pairs of real numbers.
-        real = [torch.view_as_real(p.detach()) if p.is_complex() else p for p in self.parameters]
+        exchanged = [real(p.detach()) if p.is_complex() else p for p in self.parameters]
         self.slots = [
-            Slot(name, index, real[index].shape, seed=seed, memory=memory, parameter=real[index])
+            Slot(name, index, exchanged[index].shape, seed=seed, memory=memory, parameter=exchanged[index])
             for index, (name, _) in enumerate(pairs)
         ]
         if isinstance(compressor, SummedCompressor):  # costs nothing extra, so that no tensor is too small for it
@@ -80,6 +80,11 @@ class Binding:
             "it to all parameters of the optimizer, Compression...(model.named_parameters()), and leave "
             "sparse_as_dense=False: sparse gradients pass uncompressed."
         )
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, a view, as they are exchanged; all else as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def parameters_of_optimizer(optimizer: torch.optim.Optimizer) -> NamedParameters:

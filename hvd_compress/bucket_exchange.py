@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .binding import real
 from .calls import callers
 from .engine import Ticket
 from .gradient_compression import GradientCompression
@@ -94,10 +95,10 @@ class BucketExchange:
             self._begin(parameters[0])
         self._buckets.append(started)
         indices = [self._index(parameter) for parameter in parameters]
-        for index, parameter, gradient in zip(indices, parameters, _gradients(bucket)):
-            real = torch.view_as_real(gradient) if parameter.is_complex() else gradient
-            ticket = self.compression.submit(index, real, in_place=True)
-            started.running.append(_Running(ticket, real))
+        for index, gradient in zip(indices, _gradients(bucket)):
+            exchanged = real(gradient)
+            ticket = self.compression.submit(index, exchanged, in_place=True)
+            started.running.append(_Running(ticket, exchanged))
 
     def _index(self, parameter: Tensor) -> int:
         index = self.compression.binding.index_of.get(id(parameter))

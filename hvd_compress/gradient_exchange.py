@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import disagreement
+from .binding import real
 from .engine import Ticket
 from .facts import Agreement, Fact, Facts, General
 from .gradient_compression import GradientCompression
@@ -132,7 +133,7 @@ class GradientExchange:
     def _hand_in(self, index: int, gradient: Tensor) -> None:
         if not self._running and not self._thrown and self.scaler and (scaler := self.scaler()) is not None:
             self.compression.loss_scale = scaler.get_scale()
-        ticket = self.compression.submit(index, _real(gradient), in_place=True)
+        ticket = self.compression.submit(index, real(gradient.resolve_conj()), in_place=True)
         self._running[index] = _Running(ticket, gradient)
 
     def _facts(self, again: bool) -> Facts:
@@ -207,12 +208,7 @@ class GradientExchange:
         self.compression.discard()
 
     def _finished(self, running: _Running) -> Tensor:
-        return self.compression.finish(running.ticket, _real(running.gradient), average=self.average)
-
-
-def _real(gradient: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones, a view; all else as it is."""
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+        return self.compression.finish(running.ticket, real(running.gradient.resolve_conj()), average=self.average)
 
 
 def _laid_out(parameter: Tensor, sparse_dimensions: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import fingerprint
+from .binding import real
 from .compressors import NoneCompressor
 from .connection import connect
 from .fingerprint import MismatchError
@@ -85,7 +86,7 @@ class LocalSteps:
         self._fragments = _cut([p.numel() for p in compression.parameters], fragments)
         self._over = over
         self._transport: Transport | None = None  # until the first exchange
-        own = [_of(compression, index) for index in range(len(compression.parameters))]
+        own = [real(parameter.detach()) for parameter in compression.parameters]
         self._shared = [tensor.to(_exact(tensor.dtype), copy=True) for tensor in own]
         self._moments: list[Moments] = [{} for _ in self._shared]
         self._compared = False  # that all ranks have the same _shared
@@ -243,7 +244,7 @@ class LocalSteps:
         """Move these parameters, the shared ones and this rank's, to where all ranks go on from."""
         compression = self.compression
         indices = [index for index in indices if compression.parameters[index].requires_grad]
-        mine = {index: _of(compression, index) for index in indices}
+        mine = {index: real(compression.parameters[index].detach()) for index in indices}
         moved = {index: tensor.to(self._shared[index].dtype) - self._shared[index] for index, tensor in mine.items()}
         if compression.size > 1:
             compression.memory.rescale(self.outer.decay, {compression.names[index] for index in indices})
@@ -290,12 +291,6 @@ class LocalSteps:
             moments.clear()
             moments.update({kind: moment.to(shared, copy=True) for kind, moment in state["moments"][name].items()})
         self._compared = False
-
-
-def _of(compression: GradientCompression, index: int) -> Tensor:
-    """A parameter, to be written to; a complex one as pairs of real numbers."""
-    parameter = compression.parameters[index].detach()
-    return torch.view_as_real(parameter) if parameter.is_complex() else parameter
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
