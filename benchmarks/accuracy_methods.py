@@ -88,18 +88,12 @@ TASKS = {
         optimizer="adam",
     ),
 }
-TASKS["gpt_adamw"] = Task(
-    lambda: stdlib_text.load_reference(300_000, 50_000),
-    stdlib_text.CharGPT,
-    stdlib_text.nats_per_character,
-    "validation, nats/char",
-    better=-1,
-    epochs=4,
-    global_batch=64,
+TASKS["gpt_adamw"] = replace(
+    TASKS["gru_adam"],
+    load=lambda: stdlib_text.load_reference(300_000, 50_000),
+    model=stdlib_text.CharGPT,
     lr=3e-3,
     clip=1.0,
-    places={"output": "input"},
-    dgc_clip=None,
     optimizer="adamw",
 )
 TASKS["gru_novograd"] = replace(TASKS["gru_adam"], lr=0.02, optimizer="novograd")
@@ -170,12 +164,10 @@ METHODS: dict[str, Make] = {
     "acdc": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "gap": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "activation_pruning": lambda s: Compression.none(s.named),
-    "local_sgd": lambda s: Compression.none(s.named),
-    "local_sgd_4_bits": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
-    "diloco": lambda s: Compression.none(s.named),
-    "diloco_4_bits": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
     "sparseloco": lambda s: Compression.topk(s.named, density=1 / 64, value_bits=4),
 }
+METHODS["local_sgd"] = METHODS["diloco"] = METHODS["none"]
+METHODS["local_sgd_4_bits"] = METHODS["diloco_4_bits"] = METHODS["qsgd"]
 # Each rank makes so many steps of its own; what is exchanged is where they have led.
 _EVERY = 30
 _OUTER: dict[str, Outer] = {

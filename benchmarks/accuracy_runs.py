@@ -86,21 +86,21 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
         optimizer = hvd.DistributedOptimizer(optimizer, training.setting.named, compression=compression)
     schedule = training.schedule(optimizer)
     with technique(training.method, training.setting, training.model, optimizer, hvd.rank()):
-        for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.epochs)):
-            training.begin(step)
-            optimizer.zero_grad()
-            cross_entropy(training.model(inputs), wanted).backward()
-            if local is None:
-                optimizer.synchronize()
-            training.clip_gradients()
-            with nullcontext() if local else optimizer.skip_synchronize():
-                optimizer.step()
-            if local:
-                local.step()
-            schedule.step()
-        if local:
-            local.finish()
-            local.close()
+        with local or nullcontext():
+            for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.epochs)):
+                training.begin(step)
+                optimizer.zero_grad()
+                cross_entropy(training.model(inputs), wanted).backward()
+                if local:
+                    training.clip_gradients()
+                    optimizer.step()
+                    local.step()
+                else:
+                    optimizer.synchronize()
+                    training.clip_gradients()
+                    with optimizer.skip_synchronize():
+                        optimizer.step()
+                schedule.step()
         check_equal(hvd.allgather_object(fingerprint(training.model)))
         sent = hvd.allgather_object(sent_bytes_of(compression))
         return training.row(sum(sent) / len(sent), time.perf_counter() - start)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hvd_compress import Compression
+from hvd_compress.commands.methods import NAMES
 
 from .launch import ROOT, no_control_codes, run_program, start
 
@@ -120,9 +120,8 @@ def test_links_between_documents_lead_somewhere(document):
 
 def test_every_method_has_a_page_with_what_it_costs_and_when_not_to_use_it():
     pages = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
-    of_others = {"none", "masked", "lgreco", "accordion", "recommended"}  # docs/training.md, adaptive.md, index.md
     half = {"fp16", "bf16"}
-    assert pages.keys() - {"half"} == {name for name in vars(Compression) if name[0] != "_"} - of_others - half
+    assert pages.keys() - {"half"} == set(NAMES) - {"none"} - half
     for name, page in pages.items():
         for method in half if name == "half" else {name}:
             assert f"Compression.{method}" in page

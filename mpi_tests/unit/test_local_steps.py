@@ -205,9 +205,7 @@ def test_half_precision_parameters_share_moves_smaller_than_their_steps():
     compression = Compression.none(of.named_parameters())
     local = of_one_rank(optimizer, compression, every=1, outer=Averaging(lr=2**-9))
     start = [p.detach().clone() for p in of.parameters()]
-    for _ in range(
-        512
-    ):  # each by a 512th of 2^-6, which is less than half a unit in the last place of numbers from 0.5
+    for _ in range(512):  # each moves what is shared by 2^-15, less than bfloat16 can add to most of these numbers
         for parameter in of.parameters():
             parameter.data.add_(2**-6)
         local.step()
