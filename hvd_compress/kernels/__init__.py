@@ -1,5 +1,6 @@
 """The hot loops: pure functions on flat tensors, in C++ where `of` finds it, as torch operations on any device."""
 
+from .affine import affine_bytes
 from .choice import find_frames, in_use, largest_positions, of, on_host, orthonormalise, prune_dense, use
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import MOST_RANKS, count_bytes
@@ -18,6 +19,7 @@ __all__ = [
     "QUANTISED_BLOCK",
     "TOO_LARGE",
     "PayloadError",
+    "affine_bytes",
     "count_bytes",
     "decode_gaps",
     "decode_pruned",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .affine import affine_bytes
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import count_bits, count_bytes
 from .gaps import token_width
@@ -61,6 +62,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_ternary_sum": (c_int32, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
     "hc_quantise_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_int, c_uint64, c_void_p]),
     "hc_quantise_sum": (c_int32, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_float, c_void_p]),
+    "hc_affine_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_uint64, c_void_p]),
+    "hc_affine_decode": (None, [c_void_p, c_size_t, c_int, c_void_p]),
     "hc_accumulate": (c_int32, [c_void_p, c_int, c_size_t, c_void_p, c_void_p]),
     "hc_topk_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p]),
     "hc_threshold_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_float, c_void_p, c_size_t]),
@@ -213,6 +216,18 @@ def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, diviso
     _expect(payloads, quantised_bytes(out.numel(), bits, bucket_size))
     shape = len(payloads), out.numel(), bits, bucket_size, divisor, out.data_ptr()
     return _magnitude(_library.hc_quantise_sum(_addresses(payloads), *shape))
+
+
+def affine_encode(values: Tensor, bits: int, key: int, payload: Tensor) -> int:
+    assert _library is not None
+    length = _room(payload, affine_bytes(values.numel(), bits))
+    return NOT_FINITE if _library.hc_affine_encode(*_array(values), bits, key, payload.data_ptr()) else length
+
+
+def affine_decode(payload: Tensor, bits: int, out: Tensor) -> None:
+    assert _library is not None
+    _expect([payload], affine_bytes(out.numel(), bits))
+    _library.hc_affine_decode(payload.data_ptr(), out.numel(), bits, out.data_ptr())
 
 
 def sign_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bucket_size: int, payload: Tensor) -> int:

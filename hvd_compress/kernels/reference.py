@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import moments as _moments
 from .adacomp import adacomp_choice
+from .affine import affine_bytes, pack_affine, ranges_of, unpack_affine
 from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import count_bits, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
@@ -42,6 +43,8 @@ from .topk import chunk_largest, topk_indices
 __all__ = [
     "accumulate",
     "adacomp_encode",
+    "affine_decode",
+    "affine_encode",
     "backproject",
     "bfloat_encode",
     "bfloat_sum",
@@ -138,6 +141,26 @@ def quantise_sum(payloads: Sequence[Tensor], bits: int, bucket_size: int, diviso
         return dequantise(unpack_codes(payload[norm_bytes:], out.numel(), bits), norms, bits, bucket_size)
 
     return _sum(payloads, divisor, out, decode)
+
+
+def affine_encode(values: Tensor, bits: int, key: int, payload: Tensor) -> int:
+    """Codes of `bits` bits between the smallest and the largest value of each block, as affine.py lays them out.
+
+    NOT_FINITE also where a value is finite, but the difference of two of a block is not.
+    """
+    values = values.to(torch.float32)
+    if not largest(values) < math.inf:
+        return NOT_FINITE
+    low, span = ranges_of(values)
+    if not largest(span) < math.inf:
+        return NOT_FINITE
+    return _put(payload, *pack_affine(values, low, span, bits, random_bits(values.numel(), key, values.device)))
+
+
+def affine_decode(payload: Tensor, bits: int, out: Tensor) -> None:
+    """Fill `out`, float32 [numel], with what `payload` says of it."""
+    _expect(payload, affine_bytes(out.numel(), bits))
+    out.copy_(unpack_affine(payload, out.numel(), bits))
 
 
 def sign_encode(gradient: Tensor, residual: Tensor | None, kept: Tensor, bucket_size: int, payload: Tensor) -> int:

@@ -28,7 +28,7 @@ LAYERS = [
     {"commands"},
     {"prediction"},
     {"hvd_compress"},
-    {"compression", "ddp", "mpi", "local", "elastic", "optim"},
+    {"compression", "ddp", "mpi", "local", "elastic", "optim", "activations"},
     {"mpi_optimizer", "bucket_exchange", "local_steps"},
     {"gradient_exchange"},
     {"gradient_compression"},
@@ -59,6 +59,7 @@ PACKAGES = {
     "compressors",
     "telemetry",
     "kernels",
+    "activations",
 }
 
 
@@ -124,7 +125,19 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
         "kernels": {
             f"hvd_compress.kernels.{name}"
             for name in (
-                *("random", "codec", "moments", "ternary", "quantise", "sparse", "topk", "gaps", "adacomp", "prune"),
+                *(
+                    "random",
+                    "codec",
+                    "moments",
+                    "ternary",
+                    "quantise",
+                    "affine",
+                    "sparse",
+                    "topk",
+                    "gaps",
+                    "adacomp",
+                    "prune",
+                ),
                 *("payloads", "counts", "lowrank", "narrow"),
                 *("native", "reference"),
             )
@@ -137,6 +150,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
         "training": {
             f"hvd_compress.training.{name}" for name in ("by_parameter", "masks", "momentum", "pruned", "schedule")
         },
+        "activations": {f"hvd_compress.activations.{name}" for name in ("rules", "kept", "forward")},
     }
     for module in MODULES:
         if part(module) in PACKAGES and MODULES[module].name != "__init__.py":

@@ -170,6 +170,23 @@ def test_quantised(numel, code_bits):
             summed("quantise_sum", payloads[:4], numel, divisor, code_bits, bucket)
 
 
+@pytest.mark.parametrize("code_bits", range(1, 9))
+@pytest.mark.parametrize("numel", [0, 1, 9, 255, 256, 257, 513, 4099])
+def test_affine(numel, code_bits):
+    length = kernels.affine_bytes(numel, code_bits)
+    for dtype in DTYPES:
+        for values in tensors(numel, dtype).values():
+            sent = all_write("affine_encode", length, values, code_bits, KEY)
+            if len(sent) == length:
+                part = torch.frombuffer(bytearray(sent) or bytearray(1), dtype=torch.uint8)[:length]
+                outs = [torch.full((numel + 9,), 77.0) for _ in IMPLEMENTATIONS]
+                for module, out in zip(IMPLEMENTATIONS, outs):
+                    module.affine_decode(part, code_bits, out[1 : 1 + numel])
+                assert all(torch.equal(out, outs[0]) for out in outs)
+                assert outs[0][0] == 77
+                assert bool((outs[0][1 + numel :] == 77).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", NUMELS)
 def test_bfloat(numel, dtype):

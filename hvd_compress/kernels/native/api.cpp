@@ -110,6 +110,14 @@ HC_API int32_t hc_ternary_sum(const uint8_t* const* payloads, int ranks, size_t 
     return level->ternary_sum(payloads, ranks, numel, divisor, out);
 }
 
+HC_API int hc_affine_encode(const void* x, int type, size_t numel, int bits, uint64_t key, uint8_t* payload) {
+    return level->affine_encode(x, type, numel, bits, key, payload);
+}
+
+HC_API void hc_affine_decode(const uint8_t* payload, size_t numel, int bits, float* out) {
+    level->affine_decode(payload, numel, bits, out);
+}
+
 HC_API int hc_quantise_encode(
     const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload) {
     return level->quantise_encode(x, type, numel, bits, bucket, l2, key, payload);

@@ -2,6 +2,7 @@
 #include "level.hpp"
 
 #include "adacomp.hpp"
+#include "affine.hpp"
 #include "cast.hpp"
 #include "chunks.hpp"
 #include "counts.hpp"
@@ -215,6 +216,16 @@ int32_t project_(
     });
 }
 
+int affine_encode_(const void* x, int type, size_t numel, int bits, uint64_t key, uint8_t* payload) {
+    return with_type(x, type, [&](auto* p) {
+        return with_bits(bits, [&](auto b) { return affine_encode_as<b.value>(p, numel, key, payload); });
+    });
+}
+
+void affine_decode_(const uint8_t* payload, size_t numel, int bits, float* out) {
+    with_bits(bits, [&](auto b) { affine_decode_as<b.value>(payload, numel, out); });
+}
+
 int orthonormalise_(const float* matrix, size_t rows, size_t rank, float* out) {
     void* const room = scratch(orthonormalise_scratch_bytes(rows, rank));
     if (room) {
@@ -247,7 +258,7 @@ const Level LEVEL = {
     accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions,
     narrow_encode, narrow_decode_,  narrow_sum_, adacomp_encode_,  gaps_sum_,
     prune_encode_, prune_sum_,      prune_dense_, sign_encode_,    bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_,
-    project_,     backproject,      rebuild,      orthonormalise_, momentum_,   chunk_largest,  solve,
+    project_,     backproject,      rebuild,      affine_encode_,  affine_decode_, orthonormalise_, momentum_,   chunk_largest,  solve,
 };
 
 }  // namespace HC_LEVEL

@@ -65,6 +65,8 @@ struct Level {
     int32_t (*rebuild)(
         float* matrix, size_t rows, size_t columns, const float* left, const float* mine, const float* lines,
         size_t rank, float divisor, float* out);
+    int (*affine_encode)(const void* x, int type, size_t numel, int bits, uint64_t key, uint8_t* payload);
+    void (*affine_decode)(const uint8_t* payload, size_t numel, int bits, float* out);
     int (*orthonormalise)(const float* matrix, size_t rows, size_t rank, float* out);
     void (*momentum)(
         const void* x, int type, const float* velocity, size_t numel, float factor, int nesterov, float* next);

@@ -1,0 +1,255 @@
+"""Compressed activations: ActNN (Chen et al., ICML 2021, arXiv 2104.14129), by saved-tensor hooks.
+
+ActNN quantises the inputs of convolutions, linear layers and normalisations, without bias; gradients, which are linear in
+these, then have the expectation that they had. That holds for every function whose gradient is linear in what it saves,
+so that this goes by functions, as GACT does (Liu et al., ICML 2022, arXiv 2206.11357), not by modules.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
+
+from .. import kernels
+from ..adaptive.solver import solve
+from ..calls import callers
+from ..connection import connect
+from .forward import Pass, Saved
+from .kept import unpack
+from .rules import LINEAR, NONLINEAR
+
+_CHOICES = range(1, 9)  # bits
+_COMPILED = (
+    "CompressedActivations cannot see what a model saves that torch.compile compiles. Remedy: compile neither this model, "
+    "nor a part of it, nor what calls it; or remove() this first"
+)
+
+
+class CompressedActivations:
+    """Keeps what `model` saves for backward in few bits, until `remove()` or the end of its `with` block.
+
+    Memory falls, hence batches may grow. Gradients get noise: unbiased where RULES says linear, small where it says
+    nonlinear, none from what it says to be needed for its sign or its shape. Parameters, also in the precision of
+    autocast, buffers, float64, tensors of fewer than `min_numel` elements, what functions save that RULES does not have,
+    and what is not finite stay as they are. Masks and whole numbers are kept without loss in the bits that they need.
+
+    model: its forward pass is watched, from its call to its return. A loss that is computed outside stays exact.
+    bits: 1 to 8 an element, where gradients are linear in what is saved. Of each 256 elements the smallest and the
+        largest are kept besides, float32.
+    nonlinear_bits: where they are not, as in the inputs of GELU and of attention.
+    layers: other numbers of bits, for both, by the name of a module or a pattern in the style of fnmatch; 0 keeps what
+        the module saves as it is. The first that fits counts.
+    seed: of the rounding. Where ranks train together each needs its own, such as hvd.rank(), or their errors agree and
+        do not average out.
+
+    Works with autocast, gradient accumulation, DistributedDataParallel around `model`, and `torch.utils.checkpoint`,
+    which keeps what it keeps by itself. Raises ValueError for options that cannot work and for a model of which
+    torch.compile compiles a part, which chooses by itself what it saves; RuntimeError in the forward pass where it compiles
+    what calls the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bits: int = 2,
+        *,
+        nonlinear_bits: int = 4,
+        layers: Optional[Mapping[str, int]] = None,
+        min_numel: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.bits, self.nonlinear_bits = _bits("bits", bits), _bits("nonlinear_bits", nonlinear_bits)
+        self.layers = dict(layers or {})
+        if min_numel < 1:
+            raise ValueError(f"min_numel must be at least 1: {min_numel}")
+        self.min_numel = min_numel
+        self.seed = seed
+        self._check_layers()
+        if any(map(_is_compiled, model.modules())):
+            raise ValueError(_COMPILED)
+        self._passes = 0
+        self._chosen: dict[str, int] = {}  # bits for what is linear, by layer
+        self._only: Optional[Collection[str]] = None  # while noise is measured: the layers that make it
+        self._pass: Optional[Pass] = None  # the last one, or the one under way
+        self._depth = 0  # of calls of the model in itself
+        self._where = [""]  # the modules whose forward is under way, outermost first
+        self._running = ExitStack()
+        self._handles = self._watch()
+
+    def _check_layers(self) -> None:
+        names = [name for name, _ in self.model.named_modules()]
+        for pattern, bits in self.layers.items():
+            if bits != 0:
+                _bits(f"layers[{pattern!r}]", bits)
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"layers has {pattern!r}, which fits no module; there are {', '.join(names[1:])}")
+
+    def __enter__(self) -> CompressedActivations:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Keep tensors as they are, from the next forward pass on."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def saved(self) -> Saved:
+        """What the last forward pass has kept."""
+        return self._pass.saved() if self._pass else Saved(0, 0)
+
+    def saved_by_layer(self) -> dict[str, Saved]:
+        """The same by the name of the module; "" for `model` itself. What several keep counts with the first of them."""
+        return self._pass.by_layer() if self._pass else {}
+
+    def bits_of(self, layer: str, rule: str) -> int:
+        """Of what this module keeps for functions of this rule; 0 for as it is."""
+        if self._only is not None and (rule != LINEAR or layer not in self._only):
+            return 0
+        for pattern, bits in self.layers.items():
+            if fnmatch.fnmatchcase(layer, pattern):
+                return bits
+        return self.nonlinear_bits if rule == NONLINEAR else self._chosen.get(layer, self.bits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """To resume to the same bits."""
+        return {"passes": self._passes, "chosen": dict(self._chosen)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._passes, self._chosen = state["passes"], dict(state["chosen"])
+
+    # Bits for each layer
+
+    def choose_bits(self, closure: Callable[[], Any], over: Any = None, *, alone: bool = False) -> dict[str, int]:
+        """Give each layer the bits that take the least in all and make no more noise in the gradients than now.
+
+        For what is linear. The noise of a layer is measured, with all others exact, as GACT does; then the dynamic
+        programme of L-GreCo chooses. It takes as many passes as there are layers, and two; gradients, buffers and
+        torch's random numbers are as before when it ends. Layers that `layers` names keep what that says.
+
+        Collective, unless alone: every rank measures, and rank 0 chooses for all by the mean.
+
+        closure: makes a forward and a backward pass, each time the same, such as of the next batch.
+        over: what connects the ranks, as of LocalSteps; None for what the script has started.
+
+        Returns the choice. Raises RuntimeError where nothing linear is kept.
+        """
+        noise, elements = self._measured(closure)
+        if alone:
+            self._chosen = self._least(noise, elements)
+        else:
+            transport = connect(over)
+            tables = transport.gather_objects("hvd_compress.activations", noise).wait()
+            mean = {layer: sum(table.get(layer, 0.0) for table in tables) / len(tables) for layer in noise}
+            self._chosen = transport.broadcast_object(self._least(mean, elements) if transport.rank == 0 else None, 0)
+            transport.leave()
+        return dict(self._chosen)
+
+    def _measured(self, closure: Callable[[], Any]) -> tuple[dict[str, float], dict[str, list[int]]]:
+        """By layer: the mean square error that it makes in the gradients, and the elements of what it keeps."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        before = [p.grad for p in parameters]
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+        def gradients(only: Optional[Collection[str]]) -> list[Tensor]:
+            self._only = only
+            for parameter in parameters:
+                parameter.grad = None
+            with torch.random.fork_rng():
+                closure()
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            return [p.grad for p in parameters if p.grad is not None]
+
+        try:
+            gradients(None)
+            elements = self._pass.elements if self._pass else {}
+            exact = gradients(())
+            noise = {layer: _square_error(gradients((layer,)), exact) for layer in elements}
+        finally:
+            self._only = None
+            for parameter, gradient in zip(parameters, before):
+                parameter.grad = gradient
+        if not noise:
+            raise RuntimeError("the forward pass has kept nothing in which gradients are linear: nothing to choose for")
+        return noise, elements
+
+    def _least(self, noise: Mapping[str, float], elements: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        free = [layer for layer in noise if not any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.layers)]
+        if not free:
+            return {}
+        now = [self.bits_of(layer, LINEAR) for layer in free]
+        # The error of a code is proportional to its step.
+        errors = [[noise[layer] * _step(bits) ** 2 / _step(b) ** 2 for bits in _CHOICES] for layer, b in zip(free, now)]
+        costs = [[sum(kernels.affine_bytes(n, bits) for n in elements[layer]) for bits in _CHOICES] for layer in free]
+        plan = solve(errors, costs, reference=[_CHOICES.index(bits) for bits in now])
+        return {layer: _CHOICES[choice] for layer, choice in zip(free, plan.choice)}
+
+    # The forward pass
+
+    def _watch(self) -> list[RemovableHandle]:
+        handles = []
+        for name, module in self.model.named_modules():
+            if module is not self.model:
+                handles.append(module.register_forward_pre_hook(self._entering(name)))
+                handles.append(module.register_forward_hook(self._leaving, always_call=True))
+        handles.append(self.model.register_forward_pre_hook(self._begin, prepend=True))
+        handles.append(self.model.register_forward_hook(self._end, always_call=True))
+        return handles
+
+    def _begin(self, *_: object) -> None:
+        if any(type(caller).__module__.startswith("torch._dynamo") for caller in callers()):
+            raise RuntimeError(_COMPILED)
+        self._depth += 1
+        if self._depth > 1 or not torch.is_grad_enabled():
+            return
+        self._passes += 1
+        del self._where[1:]
+        self._pass = Pass(self, self._where, self._passes)
+        self._running.enter_context(saved_tensors_hooks(self._pass.pack, unpack))
+        self._running.enter_context(self._pass)
+
+    def _end(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._running.close()
+            if self._pass is not None:
+                self._pass.over()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        return lambda *_: self._where.append(name)
+
+    def _leaving(self, *_: object) -> None:
+        if len(self._where) > 1:
+            self._where.pop()
+
+
+def _step(bits: int) -> float:
+    """As a part of the range of a block."""
+    return 1 / (2**bits - 1)
+
+
+def _square_error(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
+    return sum(float((a - b).to(torch.float64).square().sum()) for a, b in zip(these, those))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or type(module).__name__ == "OptimizedModule"  # torch._dynamo takes seconds to import
+
+
+def _bits(what: str, value: int) -> int:
+    if value not in _CHOICES:
+        raise ValueError(f"{what} must be a whole number from 1 to 8: {value}")
+    return value
