@@ -97,7 +97,9 @@ class BucketExchange:
         indices = [self._index(parameter) for parameter in parameters]
         for index, gradient in zip(indices, _gradients(bucket)):
             exchanged = real(gradient)
-            ticket = self.compression.submit(index, exchanged, in_place=True)
+            # DDP fills its buckets anew in the next backward pass, when a delayed exchange may yet read the gradient.
+            mine = exchanged.clone() if self.compression.delays else exchanged
+            ticket = self.compression.submit(index, mine, in_place=True)
             started.running.append(_Running(ticket, exchanged))
 
     def _index(self, parameter: Tensor) -> int:

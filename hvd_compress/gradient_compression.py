@@ -40,6 +40,7 @@ _COMMON_OPTIONS = (
     "overlap",
     "topology",
     "ranks_per_node",
+    "delay",
 )
 _OF_THE_METHOD = ("topology", "ranks_per_node")  # of these options: another method may have no such topology
 _ALIKE = (
@@ -76,6 +77,8 @@ class GradientCompression(Session):
         does not grow with the ranks; "hierarchical", gradients are added up uncompressed inside a node, and each of its
         ranks exchanges a share with other nodes; "auto", one of the first two, by the method and the number of ranks.
     ranks_per_node: for topology="hierarchical"; None to see which ranks are on the same host.
+    delay: 1 for steps that apply the gradients of the step before, whose exchange has all of this one's time; see
+        docs/delay.md. The first step applies zeros; `flush` applies the last gradients.
     overlap: under Horovod, whether exchanges of several rounds go on during backward, which waits for them then.
 
     Raises ValueError for options or parameters that cannot work.
@@ -94,6 +97,7 @@ class GradientCompression(Session):
         overlap: bool = True,
         topology: str = AUTO,
         ranks_per_node: int | None = None,
+        delay: int = 0,
     ) -> None:
         if min_numel < 0:
             raise ValueError(f"min_numel must not be negative: {min_numel}")
@@ -101,8 +105,8 @@ class GradientCompression(Session):
             raise ValueError(f"bucket_bytes must be at least 1: {bucket_bytes}")
         if environment.is_off():
             warn_once(f"{environment.OFF} is set: compression is switched off, gradients travel as they are")
-            compressor, topology, ranks_per_node = compressor.switched_off(NONE), AUTO, None
-        super().__init__(compressor, bucket_bytes, topology, ranks_per_node)
+            compressor, topology, ranks_per_node, delay = compressor.switched_off(NONE), AUTO, None, 0
+        super().__init__(compressor, bucket_bytes, topology, ranks_per_node, delay)
         self.min_numel = min_numel
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.seed = seed
@@ -227,7 +231,7 @@ class GradientCompression(Session):
         # One rank, as of an elastic job or a process set, has nothing to send, but still needs a momentum.
         alone = self.size == 1 and not self.compressor.replaces
         compressor = NONE if alone else self._compressor_of(index, tensor)
-        if isinstance(compressor, SummedCompressor):
+        if isinstance(compressor, SummedCompressor) and not self.delays:
             if self.telemetry.recording:
                 self._look(compressor, self.slots[index], tensor)
             summand = compressor.summand(tensor, self.size)
@@ -257,7 +261,8 @@ class GradientCompression(Session):
         if isinstance(context, tuple):
             ticket, gradient = context
             assert self._engine is not None
-            self._engine.finish(ticket)  # first: it may know better than the carrier what is wrong
+            if not self.delays:
+                self._engine.finish(ticket)  # first: it may know better than the carrier what is wrong
             return self.finish(ticket, gradient, average=self._is_average(tensor))
         self._finished = True
         self._watch(tensor)
@@ -348,7 +353,7 @@ class GradientCompression(Session):
         self._carriers.clear()
         prefix = f"hvd_compress.{self._roll.numbers.get(self._id, 0)}"
         engine = functools.partial(PacedEngine if transport.shared else Engine, prefix=prefix)
-        self.attach(transport, engine, compressed_only=True)
+        self.attach(transport, engine, compressed_only=not self.delay)
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
 

@@ -105,6 +105,8 @@ class LocalSteps:
             raise ValueError(
                 f"fragments must be at least 1, and at most every={self.every} and the {count} parameters: {fragments}"
             )
+        if compression.delay:
+            raise ValueError(f"{compression!r} is late by a step, and rounds are not: leave out delay=1")
         if compressor.replaces or compressor.keeps_momentum:
             raise ValueError(
                 f"{compression!r} has a momentum of gradients, and what is exchanged here are no gradients. Remedy: "

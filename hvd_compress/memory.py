@@ -19,12 +19,13 @@ THRESHOLD = "threshold"  # float32 [1], of this rank: a factor without unit
 AGGREGATE = "aggregate"  # float32 [numel + 1], the same on every rank: aggregated gradients, and how many were added
 CUT = "cut"  # float32 [1], the same on every rank, in units of the gradient: what owners send of a sum is no smaller
 OWNED = "owned"  # float32 [elements of a piece], of the rank that owns it, in units of the gradient: unsent of the sum
-_KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE, CUT)
-_REPLICATED = (FACTOR, AGGREGATE, CUT)
-_SCALED = ("", MOMENTUM, CUT, OWNED)
+DELAYED = "delayed"  # [numel], the same on every rank, in units of the loss-scaled gradient: what the next step applies
+_KINDS = (MOMENTUM, FACTOR, THRESHOLD, AGGREGATE, CUT, DELAYED)
+_REPLICATED = (FACTOR, AGGREGATE, CUT, DELAYED)
+_SCALED = ("", MOMENTUM, CUT, OWNED, DELAYED)
 _BY_RANK = ("residuals", "accumulated")  # of a state
 
-# What is held between steps, besides MOMENTUM.
+# What is held between steps, besides MOMENTUM and DELAYED.
 RESIDUALS, FACTORS, THRESHOLDS = "residuals", "factors", "thresholds"
 SPARE = "spare"  # what the last step has made of all these, until it is known to be sound; or memory for the next
 FRAMES = "frames"  # room for what is sent
@@ -36,6 +37,7 @@ _HELD = {
     FACTOR: FACTORS,
     THRESHOLD: THRESHOLDS,
     CUT: THRESHOLDS,
+    DELAYED: DELAYED,
     OWNED: RESIDUALS,
 }
 
@@ -186,7 +188,7 @@ class ErrorFeedback:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._proposed.clear()
-        self.residuals = {name: residual.detach().to(torch.float32).clone() for name, residual in state.items()}
+        self.residuals = {name: residual.detach().clone() for name, residual in state.items()}
 
 
 def share(

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NoReturn, TypeVar
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import environment
 from .adaptive import Controller
 from .agreement import BYTES, agree, mismatch
-from .binding import Binding
+from .binding import Binding, real
 from .compressors import (
     AUTO,
     GATHER,
@@ -34,6 +35,7 @@ from .engine import Engine, Ticket, cut
 from .log import log
 from .memory import (
     CUT,
+    DELAYED,
     FACTOR,
     FRAMES,
     OWNED,
@@ -43,6 +45,7 @@ from .memory import (
     ErrorFeedback,
     Held,
     added,
+    key,
     merged,
     owner,
     share,
@@ -80,6 +83,14 @@ def spanned(method: Method) -> Method:
     return recorded  # type: ignore[return-value]
 
 
+class _Late(NamedTuple):
+    """The exchange of a gradient that the next step will apply."""
+
+    ticket: Ticket
+    like: Tensor
+    average: bool
+
+
 class Session:
     """Exchanges the gradients of bound parameters by a compressor, step after step.
 
@@ -88,10 +99,22 @@ class Session:
     """
 
     def __init__(
-        self, compressor: Compressor, bucket_bytes: int, topology: str = AUTO, ranks_per_node: int | None = None
+        self,
+        compressor: Compressor,
+        bucket_bytes: int,
+        topology: str = AUTO,
+        ranks_per_node: int | None = None,
+        delay: int = 0,
     ) -> None:
         if problem := _cannot(compressor, topology):
             raise ValueError(problem)
+        if delay not in (0, 1):
+            raise ValueError(f"delay must be 0 or 1 step: {delay}")
+        if delay and compressor.changes_meaning:
+            raise ValueError(
+                f"delay=1 is not possible with {compressor}, whose optimizer must know what it is given in this step: "
+                "leave it out"
+            )
         if ranks_per_node is not None and (topology != HIERARCHICAL or ranks_per_node < 1):
             raise ValueError(
                 f"ranks_per_node must be at least 1, and is for topology='hierarchical': {ranks_per_node}, {topology!r}"
@@ -99,6 +122,10 @@ class Session:
         self.compressor = compressor
         self.topology = topology
         self.ranks_per_node = ranks_per_node
+        self.delay = delay
+        self._late: list[_Late] = []  # with delay, the exchanges of the last step, under way
+        self._totals: dict[str, Tensor] = {}  # and what came of them, until the step is known to count
+        self._late_finite = True  # what this step applies; a step that a GradScaler skips for it is not thrown away
         self._nodes = Nodes(((0,),))
         self._pieces: dict[tuple[int, int], Slot] = {}  # that this rank brings to other nodes
         self._spans: dict[int, Span] = {}  # where each gradient that is compressed lies in its bucket
@@ -206,7 +233,13 @@ class Session:
         if self._engine:
             self._engine.close()
         self._engine = None
+        self._late.clear()
         self._drop_step()
+
+    @property
+    def delays(self) -> bool:
+        """Whether a step applies the gradients of the one before: a single rank has nothing to wait for."""
+        return bool(self.delay) and self.size > 1
 
     @spanned
     def submit(self, index: int, gradient: Tensor, *, in_place: bool = False) -> Ticket:
@@ -247,7 +280,8 @@ class Session:
     @property
     def _awaits_step(self) -> bool:
         """Whether gradients are finished, and the optimizer, which tells of its steps, has made none by them yet."""
-        return self._finished and self._sees_steps and not self._applied
+        handed_over = self._finished or (bool(self._late) and self._late_finite)
+        return handed_over and self._sees_steps and not self._applied
 
     def _disagreement(self, what: str, ranks_by_state: Mapping[str, list[int]]) -> Exception:
         special = self.compressor.disagreement(what, ranks_by_state, self.size)
@@ -259,6 +293,8 @@ class Session:
     ) -> Ticket:
         assert self._engine is not None
         slot = self.slots[index]
+        if self.delays:  # the parameter's own tensor is going to have the result of another exchange meanwhile
+            gradient = gradient.detach()
         if frozen:  # its residual must not move it
             slot = self._frozen[index] = dataclasses.replace(slot, memory=ErrorFeedback())
         # By `data`: what is written there does not count as a change of the gradient by the user.
@@ -309,8 +345,41 @@ class Session:
 
     @spanned
     def finish(self, ticket: Ticket, like: Tensor, *, average: bool) -> Tensor:
-        """The sum or the mean over all ranks, in the shape and dtype of `like`; NaN if not finite on some rank."""
+        """The sum or the mean over all ranks, in the shape and dtype of `like`; NaN if not finite on some rank.
+
+        With delay, that of the step before, zeros in the first one; this exchange goes on until the next step begins.
+        """
         assert self._engine is not None, "attach first"
+        if not self.delays:
+            return self._finish(ticket, like, average)
+        if like.is_sparse:
+            raise ValueError(
+                f"delay=1 takes dense gradients alone, and that of {self.slots[ticket.index].name!r} is not"
+            )
+        if self._engine.collecting:
+            self._engine.flush()
+        self._late.append(_Late(ticket, like.detach(), average))
+        total = self.memory.residuals.pop(key(self.slots[ticket.index].name, DELAYED), None)
+        return torch.zeros_like(like) if total is None else _laid_out(total.to(like.device, like.dtype), like)
+
+    def delayed_of_others(self) -> dict[int, Tensor]:
+        """By parameter, [numel]: what the last step has for those that have no gradient in this one; once."""
+        late = {one.ticket.index for one in self._late}
+        others = [slot for slot in self.slots if slot.index not in late] if self.delays else []
+        found = {slot.index: self.memory.residuals.pop(key(slot.name, DELAYED), None) for slot in others}
+        return {index: total for index, total in found.items() if total is not None}
+
+    def _finish_late(self) -> None:
+        """Wait for the exchanges of the last step, unless its ranks are gone."""
+        late, self._late = self._late, []
+        if self._engine is None or (late and not self._engine.transport.is_current()):
+            return
+        for one in late:
+            total = self._finish(one.ticket, one.like, one.average)
+            self._totals[key(self.slots[one.ticket.index].name, DELAYED)] = total.reshape(-1)
+
+    def _finish(self, ticket: Ticket, like: Tensor, average: bool) -> Tensor:
+        assert self._engine is not None
         if self._opening is not None:
             opening, self._opening = self._opening, None
             self._engine.finish(opening)
@@ -331,9 +400,7 @@ class Session:
         if self.controller is not None and not like.is_sparse:
             self.controller.received(slot, total)
         if not like.is_sparse:
-            total = total.view(like.shape)
-            if not like.is_contiguous():  # such as channels_last
-                total = torch.empty_like(like, dtype=total.dtype).copy_(total)
+            total = _laid_out(total, like)
         if total.dtype != like.dtype:
             total = total.to(like.dtype)
         if slot.bound is None or total.dtype != torch.float32:
@@ -357,8 +424,11 @@ class Session:
 
     def settle(self) -> None:
         """End the step whose gradients were finished, if any: residuals change, or stay if not all was finite."""
+        self._finish_late()
         if not self._finished:
             return
+        self.memory.residuals.update(self._totals)  # as they are where not all is finite: whoever looks is to see it
+        self._late_finite = self._finite
         if self._finite:
             self.memory.commit()
         self.telemetry.settled(self._step)
@@ -370,15 +440,45 @@ class Session:
 
     def step_made(self) -> None:
         """The optimizer has made a step by the gradients that were finished; it tells each time, from now on."""
-        self._sees_steps, self._applied = True, self._finished
+        self._sees_steps, self._applied = True, self._finished or bool(self._late)
 
     def discard(self) -> None:
         """Forget the gradients that were synchronized last, since no step was made by them: residuals stay.
 
-        For a script that throws synchronized gradients away; on every rank.
+        For a script that throws synchronized gradients away; on every rank. With delay, not where what it was given was
+        not finite, as when a GradScaler skips a step: the gradients under way are those of another step.
         """
+        if self._late and not self._late_finite:
+            return
+        self._finish_late()
+        self._totals.clear()
         self._finite = self._finite and not self._finished
         self.settle()
+
+    def flush(self, optimizer: torch.optim.Optimizer) -> bool:
+        """With delay=1, make the step that is under way: at the end of training, and before the model is evaluated.
+
+        To be called on every rank, after a step; the next one applies zeros then, as the first does. Checkpoints need
+        it not, since they hold what is under way. Returns whether there was one, and no gradient that is not finite.
+        """
+        self.settle()
+        totals = {
+            slot.name: total
+            for slot in self.slots
+            if (total := self.memory.residuals.pop(key(slot.name, DELAYED), None)) is not None
+        }
+        if not totals or not all(max_abs(total) < math.inf for total in totals.values()):
+            return False
+        for slot, parameter in zip(self.slots, self.parameters):
+            if (total := totals.get(slot.name)) is not None and parameter.requires_grad:
+                gradient = torch.empty_like(parameter)
+                real(gradient).copy_(total.view(slot.shape)).div_(self._loss_scale or 1.0)
+                parameter.grad = gradient
+        with getattr(optimizer, "skip_synchronize", nullcontext)():
+            optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return True
 
     def _drop_step(self) -> None:
         self.memory.discard()
@@ -388,6 +488,7 @@ class Session:
         self._applied = False
         self._opening = None
         self._seen.clear()
+        self._totals.clear()
 
     def _watch(self, reduced: Tensor) -> None:
         """Look for non-finite values in a tensor that is reduced, hence the same on every rank."""
@@ -463,7 +564,8 @@ class Session:
         """
         parts = [self._held(slot) for slot in self.slots if slot.compressed or self.compressor.takes_all]
         sums = self.controller.most_held() if self.controller is not None else 0
-        return Held(added([*parts, {SUMS: sums}]), self._model_bytes)
+        delayed = self._model_bytes if self.delay else 0
+        return Held(added([*parts, {SUMS: sums, DELAYED: delayed}]), self._model_bytes)
 
     def _held(self, slot: Slot) -> dict[str, int]:
         compressor = self.compressor
@@ -560,6 +662,7 @@ class Session:
             raise ValueError(f"resize must be 'sum' or 'reset': {resize!r}")
         state = state if isinstance(state, Mapping) else merged(state)
         self._check_residuals(state["residuals"].values())
+        self._finish_late()
         if self._engine:
             self._take_over(state, resize, self.rank, self.size)
             self._fold()
@@ -594,6 +697,12 @@ class Session:
             self.controller.load_accumulated(share(state["accumulated"], state["size"], rank, size, resize))
         if resize == "reset" and state["size"] != size and rank == 0:
             log.warning("residuals of %d ranks are dropped at %d, as resize='reset' asks", state["size"], size)
+
+
+def _laid_out(total: Tensor, like: Tensor) -> Tensor:
+    """`total` in the shape of `like`, and in its order in memory, such as channels_last."""
+    total = total.view(like.shape)
+    return total if like.is_contiguous() else torch.empty_like(like, dtype=total.dtype).copy_(total)
 
 
 def _is_flat32(tensor: Tensor) -> bool:

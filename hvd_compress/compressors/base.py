@@ -96,6 +96,11 @@ class Compressor(abc.ABC):
         """Whether its state has the momentum of this rank's gradients."""
         return False
 
+    @property
+    def changes_meaning(self) -> bool:
+        """Whether what comes of an exchange is a gradient in some steps, and something else in others."""
+        return False
+
     def gives_momentum(self, slot: Slot) -> bool:
         """Whether what comes of this step's exchange is momentum, for an optimizer that takes it for one."""
         return False

@@ -58,6 +58,10 @@ class OneBitCompressor(ScatterCodec):
     def keeps_momentum(self) -> bool:
         return self.momentum > 0
 
+    @property
+    def changes_meaning(self) -> bool:
+        return self.keeps_momentum
+
     def gives_momentum(self, slot: Slot) -> bool:
         return self.keeps_momentum and self.grouped(slot)
 
