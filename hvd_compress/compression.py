@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from . import environment
-from .adaptive import Accordion, LGreCo, Options, Planner, Policy, Replay, TimeCost
+from .adaptive import Accordion, FracTrain, LGreCo, Options, Planner, Policy, Replay, TimeCost
 from .binding import NamedParameters
 from .compressors import (
     AdaCompCompressor,
@@ -348,3 +348,27 @@ class Compression:
         """
         options = Options(interval=interval, warmup_steps=warmup_steps, window=1, norm_window=window, log=log)
         return _adapted(base, Accordion(low=low, high=high, eta=eta), plan, options)
+
+    @staticmethod
+    def fractrain(
+        base: GradientCompression,
+        rates: Sequence[float] = (3, 4, 6, 8),
+        *,
+        interval: int = 1000,
+        threshold: float = 0.05,
+        decay: float = 0.3,
+        window: int = 5,
+        log: str | Path | None = None,
+        plan: str | Path | None = None,
+    ) -> GradientCompression:
+        """FracTrain's progressive precision: few bits at first, more whenever the loss stalls (Fu et al., NeurIPS 2020).
+        Returns `base`, which adapts from now on; call its `record_loss(loss)` in every step.
+
+        rates: of all layers, in turn: bits of `qsgd`, or densities, ranks or bin sizes.
+        interval: steps over which losses are averaged, on all ranks, before each decision; an epoch in the paper.
+        threshold, decay, window: the loss has stalled when those of `window` intervals differ by at most `threshold`,
+            which is multiplied by `decay` each time.
+        log, plan: as of `lgreco`.
+        """
+        policy = FracTrain(tuple(map(float, rates)), threshold, decay, window)
+        return _adapted(base, policy, plan, Options(interval=interval, window=1, log=log))

@@ -153,6 +153,11 @@ class GradientCompression(Session):
         self._enlist()
         return self
 
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Tell the loss of this step on this rank, without a loss scale, for rates that follow it, as `fractrain`'s do."""
+        if self.controller is not None:
+            self.controller.record_loss(float(loss))
+
     @property
     def _name(self) -> str:
         return name_of(type(self.compressor))

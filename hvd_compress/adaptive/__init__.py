@@ -4,12 +4,13 @@ from .controller import Controller, Replay
 from .costs import TimeCost, bytes_cost
 from .options import Options
 from .planner import Planner
-from .policies import Accordion, LGreCo, Policy
+from .policies import Accordion, FracTrain, LGreCo, Policy
 from .solver import Plan, solve
 
 __all__ = [
     "Accordion",
     "Controller",
+    "FracTrain",
     "LGreCo",
     "Options",
     "Plan",

@@ -50,6 +50,9 @@ class Controller:
     def received(self, slot: Slot, total: Tensor) -> None:
         """The aggregated gradient of a parameter, the same on every rank; not called where it is not finite."""
 
+    def record_loss(self, loss: float) -> None:
+        """This rank's, of a step."""
+
     def settled(self, step: int) -> None:
         """A step has ended, and `step` begins."""
 

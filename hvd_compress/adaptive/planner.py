@@ -29,6 +29,7 @@ from .options import Options
 from .policies import Policy, Statistics
 
 _NORMS = "of what was received"  # in states; those without it are of something else
+_LOSS = ":loss"  # among what is accumulated: float64 [2], the sum of what this rank was told and how many these were
 
 
 class Planner(Controller):
@@ -43,6 +44,7 @@ class Planner(Controller):
         self.options = options
         self._norms: dict[str, float] = {}  # at the last decision
         self._reached: dict[str, float] = {}  # shares of the gradients, see lasting.py
+        self._losses: list[float] = []  # the same on all ranks: the mean before each decision
         self._ticket: Ticket | None = None
         self._pending: Tensor | None = None  # a plan for the next step
         self._line: dict[str, Any] | None = None  # rank 0: what the log will say of it
@@ -96,6 +98,11 @@ class Planner(Controller):
             sums[-1] += 1
         self.seconds += time.perf_counter() - start
 
+    def record_loss(self, loss: float) -> None:
+        if self.policy.needs_losses and math.isfinite(loss):
+            sums = self.accumulated.setdefault(_LOSS, torch.zeros(2, dtype=torch.float64))
+            sums += torch.tensor([loss, 1.0], dtype=torch.float64)
+
     def finishing(self, engine: Engine) -> None:
         if self._ticket is not None and self._pending is None:
             self._pending = engine.finish(self._ticket)
@@ -137,16 +144,18 @@ class Planner(Controller):
 
     def state_dict(self) -> dict[str, Any]:
         reached = dict(self._reached)
-        return super().state_dict() | {"norms": dict(self._norms), "norms_of": _NORMS, "reached": reached}
+        mine = {"norms": dict(self._norms), "norms_of": _NORMS, "reached": reached, "losses": list(self._losses)}
+        return super().state_dict() | mine
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._norms = dict(state["norms"]) if state.get("norms_of") == _NORMS else {}
         self._reached = dict(state["reached"])
+        self._losses = list(state.get("losses", ()))
 
     def load_accumulated(self, accumulated: Mapping[str, Tensor]) -> None:
         known = {slot.name for slot in self.slots}  # earlier versions added up this rank's gradients, ":gradient"
-        super().load_accumulated({of: total for of, total in accumulated.items() if owner(of)[0] in known})
+        super().load_accumulated({k: total for k, total in accumulated.items() if owner(k)[0] in known or k == _LOSS})
 
     def _layers(self, step: int) -> list[Layer]:
         options = self.options
@@ -177,22 +186,41 @@ class Planner(Controller):
         layers = self._layers(step)
         present = [present_rate(self.compressor, self.slots[layer.index], step) for layer in layers]
         table = self._table(layers, present)
+        told = self._told()
         self.accumulated.clear()
         self._reach(layers, present)
         self.seconds += time.perf_counter() - start
-        total = yield Allreduce(torch.from_numpy(table))
+        total = yield Allreduce(torch.cat([torch.from_numpy(table).view(-1), told]))
         start = time.perf_counter()
-        sums = total.numpy().reshape(table.shape)
+        sums = total[: table.size].numpy().reshape(table.shape)
+        self._take_loss(*total[table.size :].tolist())
         norms = np.sqrt(sums[:, -1])
         plan = torch.zeros(1 + len(self.slots), dtype=torch.float64)
         if self.slots[0].rank == 0:
             errors = self._errors(layers, sums[:, :-1])
-            plan = self._choose(step, Statistics(layers, errors, self._costs(layers), norms, self._norms))
+            plan = self._choose(step, Statistics(layers, errors, self._costs(layers), norms, self._norms, self._losses))
         self._norms = {layer.name: float(norm) for layer, norm in zip(layers, norms)}
         self.seconds += time.perf_counter() - start
         plan = yield Broadcast(plan, 0, last=True)
         self._check(plan, layers)
         return plan
+
+    def _told(self) -> Tensor:
+        """Of losses on this rank, their sum and number, where the policy looks at losses."""
+        if not self.policy.needs_losses:
+            return torch.zeros(0, dtype=torch.float64)
+        return self.accumulated.get(_LOSS, torch.zeros(2, dtype=torch.float64))
+
+    def _take_loss(self, total: float = 0.0, count: float = 0.0) -> None:
+        """Of all ranks."""
+        if not self.policy.needs_losses:
+            return
+        if not count:
+            raise ValueError(
+                f"{self.policy!r} goes by the loss, and was told of none on any rank since the last decision: call "
+                "compression.record_loss(loss) in every step"
+            )
+        self._losses.append(total / count)
 
     def _check(self, plan: Tensor, layers: Sequence[Layer]) -> None:
         """Raise WireError for a plan that rank 0 cannot have made."""

@@ -1,4 +1,5 @@
-"""Who chooses: L-GreCo (MLSys 2024, arXiv 2210.17357) and Accordion (MLSys 2021, arXiv 2010.16248). Pure functions."""
+"""Who chooses: L-GreCo (MLSys 2024, arXiv 2210.17357), Accordion (MLSys 2021, arXiv 2010.16248) and FracTrain (NeurIPS
+2020, arXiv 2012.13113). Pure functions."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import numpy as np
 from .layers import Layer
 from .solver import solve
 
+_SCALED_BY = 10  # intervals, in FracTrain
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -22,6 +25,7 @@ class Statistics:
     costs: np.ndarray  # float64 of that shape: bytes or seconds, infinite past a layer's last candidate
     norms: np.ndarray  # float64 [layers], of the mean of what ranks received since the decision before
     previous_norms: dict[str, float]  # by name, at the decision before; empty at the first
+    losses: Sequence[float] = ()  # the mean over ranks and steps before each decision so far, this one last
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Policy(Protocol):
     @property
     def needs_norms(self) -> bool:
         """Whether it looks at norms."""
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether it looks at losses, which the script must tell."""
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -73,6 +81,7 @@ class Accordion:
 
     needs_errors = False
     needs_norms = True
+    needs_losses = False
 
     def __post_init__(self) -> None:
         if not (0 < self.low < math.inf and 0 < self.high < math.inf):
@@ -117,6 +126,7 @@ class LGreCo:
     reference: Accordion | None = None
 
     needs_errors = True
+    needs_losses = False
 
     def __post_init__(self) -> None:
         solve([[0.0]], [[0.0]], reference=[0], alpha=self.alpha, levels=self.levels)  # raises for what cannot work
@@ -152,3 +162,58 @@ class LGreCo:
             "reference": reference,
         }
         return Decision(list(plan.choice), record)
+
+
+@dataclass(frozen=True)
+class FracTrain:
+    """One rate for all layers, the next of `rates` whenever the loss stalls: progressive fractional quantisation.
+
+    The loss of an interval is over when those of the `window` - 1 intervals before differ from it by at most a threshold,
+    as a part of the scale of losses. The threshold, `threshold` at first, is multiplied by `decay` at each such turning
+    point, after which `window` intervals must pass anew. The scale is the mean over the first ten intervals, or over
+    those that there are. An interval is an epoch in the paper, whose Algorithm 1 this is, with the window and the scale
+    of its authors' code; their epsilon and alpha are `threshold` and `decay`.
+    """
+
+    rates: tuple[float, ...] = (3.0, 4.0, 6.0, 8.0)
+    threshold: float = 0.05
+    decay: float = 0.3
+    window: int = 5
+
+    needs_errors = False
+    needs_norms = False
+    needs_losses = True
+
+    def __post_init__(self) -> None:
+        if len(self.rates) < 2 or not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"rates must be two or more positive numbers: {self.rates}")
+        if not 0 < self.threshold < math.inf or not 0 < self.decay <= 1:
+            raise ValueError(
+                f"threshold must be positive, decay positive and at most 1: {self.threshold}, {self.decay}"
+            )
+        if self.window < 2:
+            raise ValueError(f"window must be at least 2 intervals: {self.window}")
+
+    @property
+    def initial_rate(self) -> float | None:
+        return self.rates[0]
+
+    def turning_points(self, losses: Sequence[float]) -> list[int]:
+        """After which intervals the next rate began, by the losses of all so far, counted from 0."""
+        found: list[int] = []
+        since, threshold = 0, self.threshold
+        for last, loss in enumerate(losses):
+            if len(found) == len(self.rates) - 1:
+                break
+            scale = abs(math.fsum(losses[: min(last + 1, _SCALED_BY)]) / min(last + 1, _SCALED_BY))
+            recent = losses[max(since, last + 1 - self.window) : last + 1]
+            if len(recent) == self.window and all(abs(loss - one) <= threshold * scale for one in recent):
+                found.append(last)
+                since, threshold = last + 1, threshold * self.decay
+        return found
+
+    def choose(self, statistics: Statistics) -> Decision:
+        turns = self.turning_points(statistics.losses)
+        rate = self.rates[len(turns)]
+        record = {"policy": "fractrain", "loss": statistics.losses[-1], "turning_points": turns}
+        return Decision([layer.rates.index(rate) for layer in statistics.layers], record)

@@ -33,6 +33,23 @@ def accordion(named: Named, *, interval: int = 4, **options: Any) -> GradientCom
     return Compression.accordion(Compression.powersgd(named, **options), 4, 1, interval=interval)
 
 
+def fractrain(named: Named, *, interval: int = 4, **options: Any) -> GradientCompression:
+    compression = Compression.fractrain(Compression.qsgd(named, **options), interval=interval, window=2)
+    return _told(compression)
+
+
+def _told(compression: GradientCompression) -> GradientCompression:
+    """Of a loss before each gradient, in place of the script."""
+    submit = compression.submit
+
+    def submit_and_tell(*arguments: Any, **options: Any) -> Any:
+        compression.record_loss(1.0)
+        return submit(*arguments, **options)
+
+    compression.submit = submit_and_tell  # type: ignore[method-assign]
+    return compression
+
+
 METHODS: dict[str, Make] = {
     "none": lambda named, **options: Compression.none(named, **options),
     "fp16": lambda named, **options: Compression.fp16(named, **options),
@@ -49,6 +66,7 @@ METHODS: dict[str, Make] = {
     "stochastic_pruning": lambda named, **options: Compression.stochastic_pruning(named, rate=0.8, **options),
     "lgreco": lgreco,
     "accordion": accordion,
+    "fractrain": fractrain,
 }
 VARIANTS: dict[str, Make] = METHODS | {
     "terngrad of its own scaler": lambda named, **o: Compression.terngrad(named, share_scaler=False, **o),
