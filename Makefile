@@ -12,7 +12,7 @@ run := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-ddp test-repeat test-long check check-native docs wheel format clean distclean
 .PHONY: bench-codec bench-network bench-prediction bench-scale bench-overhead bench-adaptive bench-accuracy bench-solver bench-pruning
-.PHONY: bench-faults bench-frames bench-soak
+.PHONY: bench-activations bench-faults bench-frames bench-soak
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -80,6 +80,9 @@ bench-adaptive: setup ## uniform rates against L-GreCo and Accordion
 
 bench-pruning: setup ## what pruning activation gradients costs, and what backward gains by it
 	@OMP_NUM_THREADS=1 $(run)/python benchmarks/pruning.py
+
+bench-activations: setup ## what compressed activations save of memory and cost of time
+	@OMP_NUM_THREADS=1 $(run)/python benchmarks/activations.py
 
 bench-accuracy: setup ## what every method costs in accuracy, over seeds (an hour and more)
 	@$(run)/python benchmarks/accuracy.py

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression, GradientCompression
+from hvd_compress.activations import CompressedActivations
 from hvd_compress.local_steps import Averaging, LocalSteps, Nesterov, Outer, SparseLoCo
 from hvd_compress.optim import OneBitAdam
 from hvd_compress.training import ACDC, GaP, NovoGrad, Schedule, prune_activation_gradients
@@ -143,6 +144,12 @@ def _accordion(setting: Setting) -> GradientCompression:
     return Compression.accordion(base, 4, 1, interval=setting.interval, window=_ADAPTIVE_WINDOW)
 
 
+def _fractrain(setting: Setting) -> GradientCompression:
+    """Decides twenty times, as if these were the epochs."""
+    base = Compression.qsgd(setting.named, bits=3, seed=setting.seed)
+    return Compression.fractrain(base, (3, 4, 6, 8), interval=max(setting.steps // 20, 2))
+
+
 METHODS: dict[str, Make] = {
     "none": lambda s: Compression.none(s.named),
     "fp16": lambda s: Compression.fp16(s.named),
@@ -163,10 +170,14 @@ METHODS: dict[str, Make] = {
     "accordion": _accordion,
     "acdc": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "gap": lambda s: Compression.masked(lambda: s.pruned, s.named),
+    "fractrain": _fractrain,
+    "none_delayed": lambda s: Compression.none(s.named, delay=1),
+    "qsgd_delayed": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed, delay=1),
+    "topk_delayed": lambda s: Compression.topk(s.named, density=0.01, delay=1),
     "activation_pruning": lambda s: Compression.none(s.named),
     "sparseloco": lambda s: Compression.topk(s.named, density=1 / 64, value_bits=4),
 }
-METHODS["local_sgd"] = METHODS["diloco"] = METHODS["none"]
+METHODS["local_sgd"] = METHODS["diloco"] = METHODS["activations_2_bits"] = METHODS["none"]
 METHODS["local_sgd_4_bits"] = METHODS["diloco_4_bits"] = METHODS["qsgd"]
 # Each rank makes so many steps of its own; what is exchanged is where they have led.
 _EVERY = 30
@@ -217,13 +228,15 @@ def technique(
     method: str, setting: Setting, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int
 ) -> Iterator[None]:
     """What a method changes in training beside the exchange; `optimizer` is the one whose step() is called."""
-    pruning = None
+    pruning: Any = None
     if method == "acdc":
         setting.pruned = ACDC(model, optimizer, schedule=_PHASES.scaled(setting.steps / 100), sparsity=0.9)
     if method == "gap":  # each of two partitions twice, for a seventh of the steps; the rest is all sparse
         setting.pruned = GaP(model, optimizer, units=setting.steps // 7, rounds=2, partitions=2, sparsity=0.9)
+    seed = 1000 * setting.seed + rank
+    if method == "activations_2_bits":
+        pruning = CompressedActivations(model, 2, seed=seed)
     if method == "activation_pruning":
-        seed = 1000 * setting.seed + rank
         pruning = prune_activation_gradients(model, 0.9, modules=setting.task.places, seed=seed)
     try:
         yield

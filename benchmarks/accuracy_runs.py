@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from common import Shard, check_equal, fingerprint  # of the examples, whose directory accuracy_methods has added
+from hvd_compress import GradientCompression
 from hvd_compress.compressors import MaskedCompressor
 from hvd_compress.local import LocalRanks
 
@@ -90,7 +91,9 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
             for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.epochs)):
                 training.begin(step)
                 optimizer.zero_grad()
-                cross_entropy(training.model(inputs), wanted).backward()
+                loss = cross_entropy(training.model(inputs), wanted)
+                compression.record_loss(loss.detach())
+                loss.backward()
                 if local:
                     training.clip_gradients()
                     optimizer.step()
@@ -101,6 +104,7 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
                     with optimizer.skip_synchronize():
                         optimizer.step()
                 schedule.step()
+            compression.flush(optimizer)
         check_equal(hvd.allgather_object(fingerprint(training.model)))
         sent = hvd.allgather_object(sent_bytes_of(compression))
         return training.row(sum(sent) / len(sent), time.perf_counter() - start)
@@ -119,19 +123,24 @@ def train_simulated(combination: Combination, size: int) -> dict[str, Any]:
         ranks = LocalRanks(compressions, readers=None if masked else [0])
         for step, batches in enumerate(zip(*(shard.batches(training.epochs) for shard in training.shards))):
             training.begin(step)
-            combined = ranks.exchange([_gradients(model, *batch) for batch in batches])[0]
+            combined = ranks.exchange(
+                [_gradients(model, compression, *b) for compression, b in zip(compressions, batches)]
+            )[0]
             for name, parameter in model.named_parameters():
                 parameter.grad = combined[name]
             training.clip_gradients()
             optimizer.step()
             schedule.step()
+        compressions[0].flush(optimizer)
         sent = [sent_bytes_of(compression) for compression in compressions]
         return training.row(sum(sent) / size, time.perf_counter() - start)
 
 
-def _gradients(model: nn.Module, inputs: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, compression: GradientCompression, inputs: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    cross_entropy(model(inputs), wanted).backward()
+    loss = cross_entropy(model(inputs), wanted)
+    compression.record_loss(loss.detach())
+    loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

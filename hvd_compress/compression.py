@@ -361,7 +361,7 @@ class Compression:
         log: str | Path | None = None,
         plan: str | Path | None = None,
     ) -> GradientCompression:
-        """FracTrain's progressive precision: few bits at first, more whenever the loss stalls (Fu et al., NeurIPS 2020).
+        """FracTrain's progressive precision: few bits at first, more when the loss stalls (Fu et al., NeurIPS 2020).
         Returns `base`, which adapts from now on; call its `record_loss(loss)` in every step.
 
         rates: of all layers, in turn: bits of `qsgd`, or densities, ranks or bin sizes.

@@ -154,7 +154,7 @@ class GradientCompression(Session):
         return self
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Tell the loss of this step on this rank, without a loss scale, for rates that follow it, as `fractrain`'s do."""
+        """Tell the loss of this step on this rank, without a loss scale: for rates that follow it, as `fractrain`."""
         if self.controller is not None:
             self.controller.record_loss(float(loss))
 

@@ -676,10 +676,10 @@ class Session:
     def _check_residuals(self, of_ranks: Iterable[Mapping[str, Tensor]]) -> None:
         numel = {slot.name: slot.shape.numel() for slot in self.slots}
         for residuals in of_ranks:
-            for key, residual in residuals.items():
-                name, kind = (key, "") if key in numel else owner(key)
+            for of, residual in residuals.items():
+                name, kind = (of, "") if of in numel else owner(of)
                 if kind == OWNED:
-                    fits = start_of(key) + residual.numel() <= numel.get(name, 0)
+                    fits = start_of(of) + residual.numel() <= numel.get(name, 0)
                 elif kind in (FACTOR, THRESHOLD, CUT):
                     fits = name in numel
                 else:

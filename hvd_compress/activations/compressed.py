@@ -1,8 +1,8 @@
 """Compressed activations: ActNN (Chen et al., ICML 2021, arXiv 2104.14129), by saved-tensor hooks.
 
-ActNN quantises the inputs of convolutions, linear layers and normalisations, without bias; gradients, which are linear in
-these, then have the expectation that they had. That holds for every function whose gradient is linear in what it saves,
-so that this goes by functions, as GACT does (Liu et al., ICML 2022, arXiv 2206.11357), not by modules.
+ActNN quantises the inputs of convolutions, linear layers and normalisations, without bias; gradients, which are linear
+in these, then have the expectation that they had. That holds for every function whose gradient is linear in what it
+saves, so that this goes by functions, as GACT does (Liu et al., ICML 2022, arXiv 2206.11357), not by modules.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from .rules import LINEAR, NONLINEAR
 
 _CHOICES = range(1, 9)  # bits
 _COMPILED = (
-    "CompressedActivations cannot see what a model saves that torch.compile compiles. Remedy: compile neither this model, "
-    "nor a part of it, nor what calls it; or remove() this first"
+    "CompressedActivations cannot see what a model saves that torch.compile compiles. Remedy: compile neither this "
+    "model, nor a part of it, nor what calls it; or remove() this first"
 )
 
 
@@ -37,8 +37,8 @@ class CompressedActivations:
 
     Memory falls, hence batches may grow. Gradients get noise: unbiased where RULES says linear, small where it says
     nonlinear, none from what it says to be needed for its sign or its shape. Parameters, also in the precision of
-    autocast, buffers, float64, tensors of fewer than `min_numel` elements, what functions save that RULES does not have,
-    and what is not finite stay as they are. Masks and whole numbers are kept without loss in the bits that they need.
+    autocast, buffers, float64, tensors of fewer than `min_numel` elements, what functions save that RULES lacks, and
+    what is not finite stay as they are. Masks and whole numbers are kept without loss in the bits that they need.
 
     model: its forward pass is watched, from its call to its return. A loss that is computed outside stays exact.
     bits: 1 to 8 an element, where gradients are linear in what is saved. Of each 256 elements the smallest and the
@@ -51,8 +51,8 @@ class CompressedActivations:
 
     Works with autocast, gradient accumulation, DistributedDataParallel around `model`, and `torch.utils.checkpoint`,
     which keeps what it keeps by itself. Raises ValueError for options that cannot work and for a model of which
-    torch.compile compiles a part, which chooses by itself what it saves; RuntimeError in the forward pass where it compiles
-    what calls the model.
+    torch.compile compiles a part, which chooses by itself what it saves; RuntimeError in the forward pass where it
+    compiles what calls the model.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CompressedActivations:
         bits: int = 2,
         *,
         nonlinear_bits: int = 4,
-        layers: Optional[Mapping[str, int]] = None,
+        layers: Mapping[str, int] | None = None,
         min_numel: int = 1024,
         seed: int = 0,
     ) -> None:
@@ -77,8 +77,8 @@ class CompressedActivations:
             raise ValueError(_COMPILED)
         self._passes = 0
         self._chosen: dict[str, int] = {}  # bits for what is linear, by layer
-        self._only: Optional[Collection[str]] = None  # while noise is measured: the layers that make it
-        self._pass: Optional[Pass] = None  # the last one, or the one under way
+        self._only: Collection[str] | None = None  # while noise is measured: the layers that make it
+        self._pass: Pass | None = None  # the last one, or the one under way
         self._depth = 0  # of calls of the model in itself
         self._where = [""]  # the modules whose forward is under way, outermost first
         self._running = ExitStack()
@@ -109,7 +109,7 @@ class CompressedActivations:
         return self._pass.saved() if self._pass else Saved(0, 0)
 
     def saved_by_layer(self) -> dict[str, Saved]:
-        """The same by the name of the module; "" for `model` itself. What several keep counts with the first of them."""
+        """The same by the name of the module; "" for `model` itself. What several keep counts with the first."""
         return self._pass.by_layer() if self._pass else {}
 
     def bits_of(self, layer: str, rule: str) -> int:
@@ -161,7 +161,7 @@ class CompressedActivations:
         before = [p.grad for p in parameters]
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
-        def gradients(only: Optional[Collection[str]]) -> list[Tensor]:
+        def gradients(only: Collection[str] | None) -> list[Tensor]:
             self._only = only
             for parameter in parameters:
                 parameter.grad = None

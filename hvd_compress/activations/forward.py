@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class Pass(TorchFunctionMode):
     def __init__(self, settings: Settings, where: list[str], number: int) -> None:
         super().__init__()
         self._settings, self._where, self._number = settings, where, number
-        self._call: Optional[_Call] = None
+        self._call: _Call | None = None
         self._own = {_address(tensor) for tensor in (*settings.model.parameters(), *settings.model.buffers())}
         self._known: dict[Any, tuple[StorageWeakRef, list[Kept]]] = {}  # by place in memory
         self._memory: dict[int, _Memory] = {}  # by address
@@ -140,7 +140,7 @@ class Pass(TorchFunctionMode):
             sizes[1] += kept.nbytes
         return Handle(kept, tensor)
 
-    def _keep(self, tensor: Tensor) -> Optional[Kept]:
+    def _keep(self, tensor: Tensor) -> Kept | None:
         call, layer = self._call, self._where[-1]
         if tensor.numel() < self._settings.min_numel or 0 in tensor.stride():  # one that is expanded takes less already
             return None
@@ -162,7 +162,7 @@ class Pass(TorchFunctionMode):
             return self._once(tensor, f"{INSIDE} {call.bounds}", lambda v: Mask((v > low) & (v < high), high, inside))
         return self._once(tensor, "", lambda values: self._quantised(values, bits, call.rule), at_least=bits)
 
-    def _quantised(self, values: Tensor, bits: int, rule: str) -> Optional[Kept]:
+    def _quantised(self, values: Tensor, bits: int, rule: str) -> Kept | None:
         payload = torch.empty(kernels.affine_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
         if rule == LINEAR:
             self.elements.setdefault(self._where[-1], []).append(values.numel())
@@ -172,9 +172,7 @@ class Pass(TorchFunctionMode):
             return None  # so that whoever looks for what overflowed in the gradients finds it there
         return Quantised(payload, bits)
 
-    def _once(
-        self, tensor: Tensor, kind: str, keep: Callable[[Tensor], Optional[Kept]], at_least: int = 0
-    ) -> Optional[Kept]:
+    def _once(self, tensor: Tensor, kind: str, keep: Callable[[Tensor], Kept | None], at_least: int = 0) -> Kept | None:
         """What another function has left of this tensor already, in as many bits, or what `keep` makes of its elements.
 
         By its place in memory, as long as that is the same memory: other tensors come to lie where one was freed.

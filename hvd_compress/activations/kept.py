@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def unpack(held: Any) -> Tensor:
     return held.restored() if isinstance(held, Handle) else held
 
 
-def without_loss(values: Tensor) -> Optional[Kept]:
+def without_loss(values: Tensor) -> Kept | None:
     """Of a mask, or of whole numbers [numel]; None where there is nothing to gain."""
     if values.dtype == torch.bool:
         return Mask(values)

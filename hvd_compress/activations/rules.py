@@ -20,5 +20,5 @@ RULES: Mapping[str, str] = {
     **dict.fromkeys(["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d"], SHAPE),
     **dict.fromkeys(["max_pool2d_with_indices", "adaptive_avg_pool2d", "adaptive_avg_pool3d"], SHAPE),
 }
-"""Of functions and methods of torch. What others save is kept as it is: some have gradients that are large where what is
-saved is small, as division has, and the results of softmax must add up to one."""
+"""Of functions and methods of torch. What others save is kept as it is: some have gradients that are large where what
+is saved is small, as division has, and the results of softmax must add up to one."""

@@ -168,11 +168,11 @@ class LGreCo:
 class FracTrain:
     """One rate for all layers, the next of `rates` whenever the loss stalls: progressive fractional quantisation.
 
-    The loss of an interval is over when those of the `window` - 1 intervals before differ from it by at most a threshold,
-    as a part of the scale of losses. The threshold, `threshold` at first, is multiplied by `decay` at each such turning
-    point, after which `window` intervals must pass anew. The scale is the mean over the first ten intervals, or over
-    those that there are. An interval is an epoch in the paper, whose Algorithm 1 this is, with the window and the scale
-    of its authors' code; their epsilon and alpha are `threshold` and `decay`.
+    It has stalled when the losses of the `window` - 1 intervals before differ from that of the last one by at most a
+    threshold, as a part of the scale of losses. The threshold, `threshold` at first, is multiplied by `decay` at each
+    such turning point, after which `window` intervals must pass anew. The scale is the mean over the first ten
+    intervals, or over those that there are. An interval is an epoch in the paper, whose Algorithm 1 this is, with the
+    window and the scale of its authors' code; their epsilon and alpha are `threshold` and `decay`.
     """
 
     rates: tuple[float, ...] = (3.0, 4.0, 6.0, 8.0)

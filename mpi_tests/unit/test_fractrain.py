@@ -18,10 +18,9 @@ LOSSES = [2.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.01, 1.0, 1.0, 1.0, 1.0, 0.99, 0.99, 
 
 
 def test_worked_example():
-    """Epoch 7 is the first whose four predecessors, 1.1 to 1.01, differ by at most 0.05 of the scale but for 1.1; at
-    epoch 8, with 1.05 to 1.0, the largest difference is 0.05, and the scale 1.2089: within 0.0604. Then the threshold is
-    0.015, of a scale of 1.188, 0.0178: epochs 9 to 13, 1.0 to 0.99, differ by 0.01. Then it is 0.0045, hence 0.0053:
-    epochs 14 to 17 are four, and too few."""
+    """At epoch 7 the loss of epoch 3 differs by 0.1, and 0.05 of the scale, 1.235, is 0.0618; at epoch 8 the largest
+    difference is 0.05, and the scale 1.2089: within 0.0604. Then the threshold is 0.015, of a scale of 1.188 0.0178:
+    epochs 9 to 13, 1.0 to 0.99, differ by 0.01. Then it is 0.0045, hence 0.0053: epochs 14 to 17 are too few."""
     policy = FracTrain()
     scale = sum(LOSSES[:8]) / 8
     assert scale == pytest.approx(1.235, abs=1e-12)
