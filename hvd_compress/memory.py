@@ -188,7 +188,9 @@ class ErrorFeedback:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._proposed.clear()
-        self.residuals = {name: residual.detach().clone() for name, residual in state.items()}
+        # What is applied later is a gradient, of whatever type.
+        types = {name: None if owner(name)[1] == DELAYED else torch.float32 for name in state}
+        self.residuals = {name: residual.detach().to(types[name], copy=True) for name, residual in state.items()}
 
 
 def share(
