@@ -87,8 +87,13 @@ class _Late(NamedTuple):
     """The exchange of a gradient that the next step will apply."""
 
     ticket: Ticket
-    like: Tensor
+    like: Tensor  # without its memory
     average: bool
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the gradient, or of what has come of it."""
+        return self.like.nbytes if self.ticket.total is None else self.ticket.total.nbytes
 
 
 class Session:
@@ -358,7 +363,7 @@ class Session:
             )
         if self._engine.collecting:
             self._engine.flush()
-        self._late.append(_Late(ticket, like.detach(), average))
+        self._late.append(_Late(ticket, torch.empty_like(like, device="meta"), average))
         total = self.memory.residuals.pop(key(self.slots[ticket.index].name, DELAYED), None)
         return torch.zeros_like(like) if total is None else _laid_out(total.to(like.device, like.dtype), like)
 
@@ -390,7 +395,7 @@ class Session:
         self._record(ticket.index, like, ticket.sent_bytes)
         if total is None:
             self._finite = False
-            return torch.full(like.shape, math.nan, dtype=like.dtype, device=like.device)
+            return torch.full(like.shape, math.nan, dtype=like.dtype, device=self.parameters[ticket.index].device)
         slot = self._frozen.pop(ticket.index, self.slots[ticket.index])
         slot.out = None  # else the gradient's memory would stay in use until the next step
         divisor = float(self.size if average else 1)
@@ -553,7 +558,7 @@ class Session:
         frames = storage_bytes(slot.frame for slot in slots if slot.frame is not None)
         positions = storage_bytes(tensor for slot in slots for tensor in self.compressor.cached(slot))
         sums = storage_bytes(self.controller.accumulated.values()) if self.controller is not None else 0
-        beside = {FRAMES: frames, POSITIONS: positions, SUMS: sums}
+        beside = {FRAMES: frames, POSITIONS: positions, SUMS: sums, DELAYED: sum(one.held_bytes for one in self._late)}
         return Held(added([self.memory.held(), beside]), self._model_bytes)
 
     def memory_needed(self) -> Held:
@@ -702,7 +707,9 @@ class Session:
 def _laid_out(total: Tensor, like: Tensor) -> Tensor:
     """`total` in the shape of `like`, and in its order in memory, such as channels_last."""
     total = total.view(like.shape)
-    return total if like.is_contiguous() else torch.empty_like(like, dtype=total.dtype).copy_(total)
+    if like.is_contiguous():
+        return total
+    return torch.empty_like(like, dtype=total.dtype, device=total.device).copy_(total)
 
 
 def _is_flat32(tensor: Tensor) -> bool:

@@ -140,7 +140,8 @@ class Planner(Controller):
     def most_held(self) -> int:
         errors = self.policy.needs_errors and (self.options.errors_of == "all" or self.slots[0].rank == 0)
         numels = [slot.shape.numel() for slot in self.slots if slot.compressed]
-        return 4 * sum(errors * numel + self.policy.needs_norms * (numel + 1) for numel in numels)
+        sums = 4 * sum(errors * numel + self.policy.needs_norms * (numel + 1) for numel in numels)
+        return sums + 16 * self.policy.needs_losses
 
     def state_dict(self) -> dict[str, Any]:
         reached = dict(self._reached)

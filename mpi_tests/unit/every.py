@@ -70,6 +70,7 @@ METHODS: dict[str, Make] = {
 }
 VARIANTS: dict[str, Make] = METHODS | {
     "terngrad of its own scaler": lambda named, **o: Compression.terngrad(named, share_scaler=False, **o),
+    "topk one step late": lambda named, **o: Compression.topk(named, density=0.05, delay=1, **o),
     "qsgd of 8 bits": lambda named, **o: Compression.qsgd(named, bits=8, **o),
     "scalecom by chunks": lambda named, **o: Compression.scalecom(named, chunk=25, **o),
     "scalecom with a filter": lambda named, **o: Compression.scalecom(named, density=0.05, beta=0.5, **o),

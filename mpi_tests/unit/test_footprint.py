@@ -166,6 +166,7 @@ def test_what_is_held_is_all_there_is(method):
     for compression in ranks.compressions:
         masks = getattr(compression.compressor, "masks", None)
         own = [*compression.parameters, *(masks.masks.values() if masks else ())]
+        compression.settle()  # what is late is out of sight in an exchange until it has ended
         found = tensors_of(compression, skip={id(tensor) for tensor in own})
         assert compression.memory_held().total_bytes == storage_bytes(found)
 
@@ -203,6 +204,7 @@ COPIES = {
     "masked": 1,  # half of the weights, eight bytes each
     "stochastic_pruning": 1,
     "lgreco": 3.075,
+    "fractrain": 0.095,
     "accordion": 3,
 }
 
