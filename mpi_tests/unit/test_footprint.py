@@ -204,7 +204,7 @@ COPIES = {
     "masked": 1,  # half of the weights, eight bytes each
     "stochastic_pruning": 1,
     "lgreco": 3.075,
-    "fractrain": 0.095,
+    "fractrain": 0.127,  # of 4 bits, before the first step
     "accordion": 3,
 }
 
