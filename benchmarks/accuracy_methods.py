@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hvd_compress import Compression, GradientCompression
 from hvd_compress.activations import CompressedActivations
 from hvd_compress.local_steps import Averaging, LocalSteps, Nesterov, Outer, SparseLoCo
 from hvd_compress.optim import OneBitAdam
-from hvd_compress.training import ACDC, GaP, NovoGrad, Schedule, prune_activation_gradients
+from hvd_compress.training import ACDC, GaP, NovoGrad, Schedule, predicted_weights, prune_activation_gradients
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # after benchmarks, which has a report, too
 import digits
@@ -177,6 +177,8 @@ METHODS: dict[str, Make] = {
     "activation_pruning": lambda s: Compression.none(s.named),
     "sparseloco": lambda s: Compression.topk(s.named, density=1 / 64, value_bits=4),
 }
+for _late in ("none_delayed", "qsgd_delayed", "topk_delayed"):
+    METHODS[f"{_late}_predicted"] = METHODS[_late]
 METHODS["local_sgd"] = METHODS["diloco"] = METHODS["activations_2_bits"] = METHODS["none"]
 METHODS["local_sgd_4_bits"] = METHODS["diloco_4_bits"] = METHODS["qsgd"]
 # Each rank makes so many steps of its own; what is exchanged is where they have led.
@@ -217,6 +219,11 @@ def local_steps_of(
 ) -> LocalSteps | None:
     every = int(os.environ.get("EVERY") or _EVERY)
     return LocalSteps(optimizer, compression, every=every, outer=_OUTER[method]) if method in _OUTER else None
+
+
+def weights_of(method: str, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Where forward and backward have their weights."""
+    return predicted_weights(optimizer) if method.endswith("_predicted") else nullcontext()
 
 
 def clip_of(method: str, task: Task) -> float | None:

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_methods import METHODS, TASKS, Setting, clip_of, local_steps_of, optimizer_of, scores, technique
+from accuracy_methods import (
+    METHODS,
+    TASKS,
+    Setting,
+    clip_of,
+    local_steps_of,
+    optimizer_of,
+    scores,
+    technique,
+    weights_of,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -91,9 +101,10 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
             for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.epochs)):
                 training.begin(step)
                 optimizer.zero_grad()
-                loss = cross_entropy(training.model(inputs), wanted)
+                with weights_of(training.method, optimizer):
+                    loss = cross_entropy(training.model(inputs), wanted)
+                    loss.backward()
                 compression.record_loss(loss.detach())
-                loss.backward()
                 if local:
                     training.clip_gradients()
                     optimizer.step()
@@ -123,9 +134,9 @@ def train_simulated(combination: Combination, size: int) -> dict[str, Any]:
         ranks = LocalRanks(compressions, readers=None if masked else [0])
         for step, batches in enumerate(zip(*(shard.batches(training.epochs) for shard in training.shards))):
             training.begin(step)
-            combined = ranks.exchange(
-                [_gradients(model, compression, *b) for compression, b in zip(compressions, batches)]
-            )[0]
+            with weights_of(method, optimizer):
+                of_ranks = [_gradients(model, compression, *b) for compression, b in zip(compressions, batches)]
+            combined = ranks.exchange(of_ranks)[0]
             for name, parameter in model.named_parameters():
                 parameter.grad = combined[name]
             training.clip_gradients()

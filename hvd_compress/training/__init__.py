@@ -5,6 +5,7 @@ from .activation_pruning import ActivationPruning, Realised, find_places, prune_
 from .gap import GaP
 from .masks import Masks
 from .novograd import NovoGrad
+from .predicted_weights import predicted_weights
 from .schedule import Phase, Schedule
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Realised",
     "Schedule",
     "find_places",
+    "predicted_weights",
     "prune_activation_gradients",
 ]
