@@ -130,21 +130,23 @@ class CompressedActivations:
 
     # Bits for each layer
 
-    def choose_bits(self, closure: Callable[[], Any], over: Any = None, *, alone: bool = False) -> dict[str, int]:
+    def choose_bits(self, loss: Callable[[], Tensor], over: Any = None, *, alone: bool = False) -> dict[str, int]:
         """Give each layer the bits that take the least in all and make no more noise in the gradients than now.
 
         For what is linear. The noise of a layer is measured, with all others exact, as GACT does; then the dynamic
-        programme of L-GreCo chooses. It takes as many passes as there are layers, and two; gradients, buffers and
-        torch's random numbers are as before when it ends. Layers that `layers` names keep what that says.
+        programme of L-GreCo chooses. It takes as many passes as there are layers, and two, which touch neither `grad`
+        nor what watches it; buffers and torch's random numbers are as before when it ends. Layers that `layers` names
+        keep what that says.
 
         Collective, unless alone: every rank measures, and rank 0 chooses for all by the mean.
 
-        closure: makes a forward and a backward pass, each time the same, such as of the next batch.
+        loss: makes a forward pass of the model, not of a DistributedDataParallel around it, each time the same, such as
+            of the next batch.
         over: what connects the ranks, as of LocalSteps; None for what the script has started.
 
         Returns the choice. Raises RuntimeError where nothing linear is kept.
         """
-        noise, elements = self._measured(closure)
+        noise, elements = self._measured(loss)
         if alone:
             self._chosen = self._least(noise, elements)
         else:
@@ -155,22 +157,19 @@ class CompressedActivations:
             transport.leave()
         return dict(self._chosen)
 
-    def _measured(self, closure: Callable[[], Any]) -> tuple[dict[str, float], dict[str, list[int]]]:
+    def _measured(self, loss: Callable[[], Tensor]) -> tuple[dict[str, float], dict[str, list[int]]]:
         """By layer: the mean square error that it makes in the gradients, and the elements of what it keeps."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        before = [p.grad for p in parameters]
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
         def gradients(only: Collection[str] | None) -> list[Tensor]:
             self._only = only
-            for parameter in parameters:
-                parameter.grad = None
             with torch.random.fork_rng():
-                closure()
+                found = torch.autograd.grad(loss(), parameters, allow_unused=True)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-            return [p.grad for p in parameters if p.grad is not None]
+            return [gradient for gradient in found if gradient is not None]
 
         try:
             gradients(None)
@@ -179,8 +178,6 @@ class CompressedActivations:
             noise = {layer: _square_error(gradients((layer,)), exact) for layer in elements}
         finally:
             self._only = None
-            for parameter, gradient in zip(parameters, before):
-                parameter.grad = gradient
         if not noise:
             raise RuntimeError("the forward pass has kept nothing in which gradients are linear: nothing to choose for")
         return noise, elements
