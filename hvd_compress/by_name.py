@@ -8,9 +8,9 @@ from collections.abc import Collection
 from typing import Any
 
 from . import compressors
-from .compressors import Compressor, MaskedCompressor, SparseGatherer
+from .compressors import Compressor, MaskedCompressor, OneOfCompressor, SparseGatherer
 
-_OF_OTHERS = (MaskedCompressor, SparseGatherer)  # which need masks, or serve what is sparse already
+_OF_OTHERS = (MaskedCompressor, OneOfCompressor, SparseGatherer)  # of masks, of others, for what is sparse already
 
 
 def name_of(compressor: type[Compressor]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from . import environment
-from .adaptive import Accordion, FracTrain, LGreCo, Options, Planner, Policy, Replay, TimeCost
+from .adaptive import Accordion, FracTrain, LGreCo, Options, Planner, Policy, Replay, TimeCost, Trials
 from .binding import NamedParameters
 from .compressors import (
     AdaCompCompressor,
@@ -22,6 +22,7 @@ from .compressors import (
     MaskSource,
     NoneCompressor,
     OneBitCompressor,
+    OneOfCompressor,
     PowerSGDCompressor,
     QSGDCompressor,
     ScaleComCompressor,
@@ -32,7 +33,7 @@ from .compressors import (
 from .gradient_compression import GradientCompression, bound_compression
 from .launcher import rank_of
 from .log import warn_once
-from .recommendation import Accuracy, recommend
+from .recommendation import Accuracy, candidates, recommend
 from .schedules import ExponentialWarmup, Rate
 
 
@@ -92,6 +93,31 @@ class Compression:
         if compression.compressor == chosen.compressor and rank_of(os.environ) == 0:
             warn_once(f"Compression.recommended takes {compression!r}: {chosen.why}")
         return compression
+
+    @staticmethod
+    def auto(
+        named_parameters: NamedParameters,
+        *,
+        accuracy: Accuracy = "safe",
+        optimizer: torch.optim.Optimizer | None = None,
+        interval: int = 2000,
+        steps: int = 8,
+        rounds: int = 2,
+        log: str | Path | None = None,
+        **options: Any,
+    ) -> GradientCompression:
+        """What is fastest on these ranks and this network, none included: tried while training goes on, and again after
+        `interval` steps. Says on rank 0 what it takes, and by which figures. See docs/predict.md.
+
+        accuracy: "safe": none, bf16 and 4-bit QSGD are tried, which have lost nothing so far; "aggressive": one bit,
+            too, or for an `optimizer` of SGD's kind top-k of 1 %.
+        steps, rounds: each candidate is tried for so many steps, so many times in turn; the median step counts, on the
+            slowest rank. One that is not faster than none by 2 % is not taken.
+        log: file that rank 0 appends each decision to, with what it was made from.
+        """
+        trials = Trials(interval=interval, steps=steps, rounds=rounds, log=log)
+        compression = _bound(OneOfCompressor(candidates(optimizer, accuracy)), named_parameters, options)
+        return compression if environment.is_off() or environment.method() else compression.adapt(trials)
 
     @staticmethod
     def terngrad(

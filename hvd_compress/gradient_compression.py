@@ -237,6 +237,8 @@ class GradientCompression(Session):
         alone = self.size == 1 and not self.compressor.replaces
         compressor = NONE if alone else self._compressor_of(index, tensor)
         if isinstance(compressor, SummedCompressor) and not self.delays:
+            if self.controller is not None:
+                self.controller.submitting(self._engine, self.slots[index], tensor)
             if self.telemetry.recording:
                 self._look(compressor, self.slots[index], tensor)
             summand = compressor.summand(tensor, self.size)
@@ -270,6 +272,8 @@ class GradientCompression(Session):
                 self._engine.finish(ticket)  # first: it may know better than the carrier what is wrong
             return self.finish(ticket, gradient, average=self._is_average(tensor))
         self._finished = True
+        if self.controller is not None and self._engine is not None:
+            self.controller.finishing(self._engine)
         self._watch(tensor)
         if context is None:  # Horovod adds up sparse gradients without asking compress
             return tensor

@@ -7,7 +7,14 @@ from typing import Literal
 
 import torch
 
-from .compressors import Compressor, OneBitCompressor, QSGDCompressor, TopKCompressor
+from .compressors import (
+    BF16Compressor,
+    Compressor,
+    NoneCompressor,
+    OneBitCompressor,
+    QSGDCompressor,
+    TopKCompressor,
+)
 from .step_check import is_of_adam
 
 Accuracy = Literal["safe", "aggressive"]
@@ -39,3 +46,18 @@ def recommend(optimizer: torch.optim.Optimizer, accuracy: Accuracy = "safe") -> 
         return Recommendation(OneBitCompressor(), f"{why}. hvd_compress.optim.OneBitAdam loses less")
     why = f"150 times fewer bytes; {name} lost some accuracy in short trainings, and none in longer ones"
     return Recommendation(TopKCompressor(density=0.01, value_bits=8), why)
+
+
+def candidates(optimizer: torch.optim.Optimizer | None, accuracy: Accuracy = "safe") -> tuple[Compressor, ...]:
+    """Among which to try for the fastest: the first sends gradients as they are. Raises ValueError as `recommend` does.
+
+    Of the aggressive ones what suits any optimizer, and what suits this one, if it is known.
+    """
+    safe = NoneCompressor(), BF16Compressor(), QSGDCompressor(bits=4)
+    if accuracy == "safe":
+        return safe
+    if accuracy != "aggressive":
+        raise ValueError(f"accuracy must be 'safe' or 'aggressive': {accuracy!r}")
+    if optimizer is None or is_of_adam(optimizer):
+        return *safe, OneBitCompressor()
+    return *safe, TopKCompressor(density=0.01, value_bits=8)

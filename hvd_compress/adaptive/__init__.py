@@ -6,6 +6,7 @@ from .options import Options
 from .planner import Planner
 from .policies import Accordion, FracTrain, LGreCo, Policy
 from .solver import Plan, solve
+from .trials import Trials
 
 __all__ = [
     "Accordion",
@@ -18,6 +19,7 @@ __all__ = [
     "Policy",
     "Replay",
     "TimeCost",
+    "Trials",
     "bytes_cost",
     "solve",
 ]

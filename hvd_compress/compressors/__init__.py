@@ -19,6 +19,7 @@ from .dgc import DGCCompressor
 from .fp16 import FP16Compressor
 from .masked import MaskedCompressor, MaskError, MaskSource
 from .none import NoneCompressor
+from .one_of import OneOfCompressor
 from .onebit import OneBitCompressor
 from .powersgd import PowerSGDCompressor
 from .qsgd import QSGDCompressor
@@ -46,6 +47,7 @@ __all__ = [
     "MaskedCompressor",
     "NoneCompressor",
     "OneBitCompressor",
+    "OneOfCompressor",
     "PowerSGDCompressor",
     "QSGDCompressor",
     "ScaleComCompressor",

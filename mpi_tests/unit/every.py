@@ -14,7 +14,7 @@ from hvd_compress.training import Masks
 Named = Iterable[tuple[str, Tensor]]
 Make = Callable[..., GradientCompression]
 
-PUBLIC = {name for name in vars(Compression) if not name.startswith("_")} - {"recommended"}  # which takes another
+PUBLIC = {name for name in vars(Compression) if not name.startswith("_")} - {"recommended", "auto"}  # which take others
 
 
 def masked(named: Named, *, set_masks: bool = True, **options: Any) -> GradientCompression:
