@@ -84,8 +84,8 @@ def parse() -> argparse.Namespace:
     several(
         "methods",
         ",".join(_DEFAULT_METHODS),
-        f"{', '.join(network_methods.PEERS)}; NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time, under "
-        "Horovod; hook-NAME... for the same by the hook of DistributedDataParallel; local-NAME... to exchange after "
+        f"{', '.join(network_methods.PEERS)}; NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time, auto, "
+        "auto-aggressive, under Horovod; hook-NAME... for the same by the hook of DistributedDataParallel; local-NAME... to exchange after "
         f"every {network_methods.EVERY} LocalSteps",
     )
     parser.add_argument(

@@ -66,6 +66,8 @@ PEERS = (
     *("ddp-none", "ddp-fp16", "ddp-powersgd1", "ddp-powersgd4"),
 )
 _LGRECO = ("lgreco-bytes", "lgreco-time")
+_AUTO = {"auto": "safe", "auto-aggressive": "aggressive"}
+_TRIAL_STEPS = 6  # of each candidate, twice
 EVERY = 30  # local steps between two exchanges
 
 
@@ -105,6 +107,12 @@ class Trained:
         self.optimizer = hvd.DistributedOptimizer(self.optimizer, named, compression=compression)
 
     @property
+    def preparation(self) -> int:
+        """Steps before anything is timed: what is tried must not have other methods in between."""
+        candidates = getattr(self.compression and self.compression.compressor, "candidates", ())
+        return 2 * _TRIAL_STEPS * len(candidates) + 2 if self.method in _AUTO else 0
+
+    @property
     def period(self) -> int:
         """Steps after which the replicas are equal."""
         return EVERY if self.local else 1
@@ -126,11 +134,19 @@ def ours(method: str) -> Callable[[Any], GradientCompression]:
     Raises ValueError for what is none.
     """
     name = method.partition(":")[0]
+    if name in _AUTO:
+        return functools.partial(_auto, _AUTO[name])
     if name in _LGRECO:
         return functools.partial(_lgreco, name.removeprefix("lgreco-"))
     if name not in methods.NAMES:
-        raise ValueError(f"no such method: {method} (choose from {', '.join((*PEERS, *methods.NAMES, *_LGRECO))})")
+        raise ValueError(f"no such method: {method} (choose from {', '.join((*PEERS, *methods.NAMES, *_LGRECO, *_AUTO))})")
     return methods.method(method)
+
+
+def _auto(accuracy: Any, named: Any) -> GradientCompression:
+    """Decides once, before anything is measured."""
+    sgd = torch.optim.SGD([parameter for _, parameter in named], lr=1e-3)
+    return Compression.auto(named, accuracy=accuracy, optimizer=sgd, steps=_TRIAL_STEPS, interval=1 << 30)
 
 
 def _lgreco(objective: str, named: Any) -> GradientCompression:

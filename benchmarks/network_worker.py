@@ -33,6 +33,9 @@ class Rank:
         if any(method.startswith(("ddp", "hook")) for method in options.methods):
             _join(options)
         self.trained = [Trained(method, make) for method in options.methods]
+        for trained in self.trained:
+            for step in range(trained.preparation):
+                trained.step(self.batches[step % len(self.batches)])
         self.numel = sum(parameter.numel() for parameter in self.trained[0].plain.parameters())
 
     def sent_bytes(self) -> float:
