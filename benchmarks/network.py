@@ -85,8 +85,8 @@ def parse() -> argparse.Namespace:
         "methods",
         ",".join(_DEFAULT_METHODS),
         f"{', '.join(network_methods.PEERS)}; NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time, auto, "
-        "auto-aggressive, under Horovod; hook-NAME... for the same by the hook of DistributedDataParallel; local-NAME... to exchange after "
-        f"every {network_methods.EVERY} LocalSteps",
+        "auto-aggressive, under Horovod; hook-NAME... for the same by the hook of DistributedDataParallel; local-NAME... "
+        f"to exchange after every {network_methods.EVERY} LocalSteps",
     )
     parser.add_argument(
         "--ranks-per-host", type=int, default=int(os.environ.get("RANKS_PER_HOST") or 1), help="of emulated hosts"

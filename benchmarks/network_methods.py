@@ -139,7 +139,9 @@ def ours(method: str) -> Callable[[Any], GradientCompression]:
     if name in _LGRECO:
         return functools.partial(_lgreco, name.removeprefix("lgreco-"))
     if name not in methods.NAMES:
-        raise ValueError(f"no such method: {method} (choose from {', '.join((*PEERS, *methods.NAMES, *_LGRECO, *_AUTO))})")
+        raise ValueError(
+            f"no such method: {method} (choose from {', '.join((*PEERS, *methods.NAMES, *_LGRECO, *_AUTO))})"
+        )
     return methods.method(method)
 
 

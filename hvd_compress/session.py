@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .compressors import (
 )
 from .compressors.base import max_abs
 from .engine import Engine, Ticket, cut
+from .late import Late
 from .log import log
 from .memory import (
     CUT,
@@ -45,7 +46,6 @@ from .memory import (
     ErrorFeedback,
     Held,
     added,
-    key,
     merged,
     owner,
     share,
@@ -83,19 +83,6 @@ def spanned(method: Method) -> Method:
     return recorded  # type: ignore[return-value]
 
 
-class _Late(NamedTuple):
-    """The exchange of a gradient that the next step will apply."""
-
-    ticket: Ticket
-    like: Tensor  # without its memory
-    average: bool
-
-    @property
-    def held_bytes(self) -> int:
-        """Of the gradient, or of what has come of it."""
-        return self.like.nbytes if self.ticket.total is None else self.ticket.total.nbytes
-
-
 class Session:
     """Exchanges the gradients of bound parameters by a compressor, step after step.
 
@@ -128,14 +115,12 @@ class Session:
         self.topology = topology
         self.ranks_per_node = ranks_per_node
         self.delay = delay
-        self._late: list[_Late] = []  # with delay, the exchanges of the last step, under way
-        self._totals: dict[str, Tensor] = {}  # and what came of them, until the step is known to count
-        self._late_finite = True  # what this step applies; a step that a GradScaler skips for it is not thrown away
         self._nodes = Nodes(((0,),))
         self._pieces: dict[tuple[int, int], Slot] = {}  # that this rank brings to other nodes
         self._spans: dict[int, Span] = {}  # where each gradient that is compressed lies in its bucket
         self.bucket_bytes = bucket_bytes
         self.memory = ErrorFeedback()
+        self._late = Late(self.memory)
         self.telemetry = Telemetry()
         self.controller: Controller | None = None  # of rates; what it sends goes under the index after the parameters'
         self._binding: Binding | None = None
@@ -238,7 +223,7 @@ class Session:
         if self._engine:
             self._engine.close()
         self._engine = None
-        self._late.clear()
+        self._late.running.clear()
         self._drop_step()
 
     @property
@@ -285,7 +270,8 @@ class Session:
     @property
     def _awaits_step(self) -> bool:
         """Whether gradients are finished, and the optimizer, which tells of its steps, has made none by them yet."""
-        handed_over = self._finished or (bool(self._late) and self._late_finite)
+        # A step that a GradScaler skips, since what it was to apply was not finite, throws nothing away.
+        handed_over = self._finished or (bool(self._late.running) and self._late.finite)
         return handed_over and self._sees_steps and not self._applied
 
     def _disagreement(self, what: str, ranks_by_state: Mapping[str, list[int]]) -> Exception:
@@ -363,25 +349,21 @@ class Session:
             )
         if self._engine.collecting:
             self._engine.flush()
-        self._late.append(_Late(ticket, torch.empty_like(like, device="meta"), average))
-        total = self.memory.residuals.pop(key(self.slots[ticket.index].name, DELAYED), None)
+        self._late.add(ticket, like, average=average)
+        total = self._late.take(self.slots[ticket.index].name)
         return torch.zeros_like(like) if total is None else _laid_out(total.to(like.device, like.dtype), like)
 
     def delayed_of_others(self) -> dict[int, Tensor]:
         """By parameter, [numel]: what the last step has for those that have no gradient in this one; once."""
-        late = {one.ticket.index for one in self._late}
-        others = [slot for slot in self.slots if slot.index not in late] if self.delays else []
-        found = {slot.index: self.memory.residuals.pop(key(slot.name, DELAYED), None) for slot in others}
-        return {index: total for index, total in found.items() if total is not None}
+        return self._late.take_of_others(self.slots) if self.delays else {}
 
     def _finish_late(self) -> None:
         """Wait for the exchanges of the last step, unless its ranks are gone."""
-        late, self._late = self._late, []
-        if self._engine is None or (late and not self._engine.transport.is_current()):
+        running, self._late.running = self._late.running, []
+        if self._engine is None or (running and not self._engine.transport.is_current()):
             return
-        for one in late:
-            total = self._finish(one.ticket, one.like, one.average)
-            self._totals[key(self.slots[one.ticket.index].name, DELAYED)] = total.reshape(-1)
+        for one in running:
+            self._late.ended(self.slots[one.ticket.index].name, self._finish(one.ticket, one.like, one.average))
 
     def _finish(self, ticket: Ticket, like: Tensor, average: bool) -> Tensor:
         assert self._engine is not None
@@ -432,8 +414,7 @@ class Session:
         self._finish_late()
         if not self._finished:
             return
-        self.memory.residuals.update(self._totals)  # as they are where not all is finite: whoever looks is to see it
-        self._late_finite = self._finite
+        self._late.keep(finite=self._finite)
         if self._finite:
             self.memory.commit()
         self.telemetry.settled(self._step)
@@ -445,7 +426,7 @@ class Session:
 
     def step_made(self) -> None:
         """The optimizer has made a step by the gradients that were finished; it tells each time, from now on."""
-        self._sees_steps, self._applied = True, self._finished or bool(self._late)
+        self._sees_steps, self._applied = True, self._finished or bool(self._late.running)
 
     def discard(self) -> None:
         """Forget the gradients that were synchronized last, since no step was made by them: residuals stay.
@@ -453,10 +434,10 @@ class Session:
         For a script that throws synchronized gradients away; on every rank. With delay, not where what it was given was
         not finite, as when a GradScaler skips a step: the gradients under way are those of another step.
         """
-        if self._late and not self._late_finite:
+        if self._late.running and not self._late.finite:
             return
         self._finish_late()
-        self._totals.clear()
+        self._late.forget()
         self._finite = self._finite and not self._finished
         self.settle()
 
@@ -467,15 +448,11 @@ class Session:
         it not, since they hold what is under way. Returns whether there was one, and no gradient that is not finite.
         """
         self.settle()
-        totals = {
-            slot.name: total
-            for slot in self.slots
-            if (total := self.memory.residuals.pop(key(slot.name, DELAYED), None)) is not None
-        }
+        totals = self._late.take_of_others(self.slots)
         if not totals or not all(max_abs(total) < math.inf for total in totals.values()):
             return False
         for slot, parameter in zip(self.slots, self.parameters):
-            if (total := totals.get(slot.name)) is not None and parameter.requires_grad:
+            if (total := totals.get(slot.index)) is not None and parameter.requires_grad:
                 gradient = torch.empty_like(parameter)
                 real(gradient).copy_(total.view(slot.shape)).div_(self._loss_scale or 1.0)
                 parameter.grad = gradient
@@ -493,7 +470,7 @@ class Session:
         self._applied = False
         self._opening = None
         self._seen.clear()
-        self._totals.clear()
+        self._late.forget()
 
     def _watch(self, reduced: Tensor) -> None:
         """Look for non-finite values in a tensor that is reduced, hence the same on every rank."""
@@ -558,7 +535,7 @@ class Session:
         frames = storage_bytes(slot.frame for slot in slots if slot.frame is not None)
         positions = storage_bytes(tensor for slot in slots for tensor in self.compressor.cached(slot))
         sums = storage_bytes(self.controller.accumulated.values()) if self.controller is not None else 0
-        beside = {FRAMES: frames, POSITIONS: positions, SUMS: sums, DELAYED: sum(one.held_bytes for one in self._late)}
+        beside = {FRAMES: frames, POSITIONS: positions, SUMS: sums, DELAYED: self._late.held_bytes}
         return Held(added([self.memory.held(), beside]), self._model_bytes)
 
     def memory_needed(self) -> Held:

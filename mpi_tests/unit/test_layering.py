@@ -34,7 +34,7 @@ LAYERS = [
     {"gradient_compression"},
     {"session"},
     {"recommendation"},
-    {"agreement", "step_check", "ordered_engine", "paced_engine", "adaptive", "disagreement", "by_name"},
+    {"agreement", "late", "step_check", "ordered_engine", "paced_engine", "adaptive", "disagreement", "by_name"},
     {"training"},
     {"binding", "fingerprint", "engine", "states", "facts", "connection"},
     {"transports"},
