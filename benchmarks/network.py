@@ -84,9 +84,9 @@ def parse() -> argparse.Namespace:
     several(
         "methods",
         ",".join(_DEFAULT_METHODS),
-        f"{', '.join(network_methods.PEERS)}; NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time, auto, "
-        "auto-aggressive, under Horovod; hook-NAME... for the same by the hook of DistributedDataParallel; local-NAME... "
-        f"to exchange after every {network_methods.EVERY} LocalSteps",
+        f"{', '.join(network_methods.PEERS)}; NAME[:OPTION=VALUE...] of Compression, lgreco-bytes, lgreco-time, auto "
+        "and auto-aggressive, under Horovod; hook-NAME... for the same by the hook of DistributedDataParallel; "
+        f"local-NAME... to exchange after every {network_methods.EVERY} LocalSteps",
     )
     parser.add_argument(
         "--ranks-per-host", type=int, default=int(os.environ.get("RANKS_PER_HOST") or 1), help="of emulated hosts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import sys
 import time
 import weakref
@@ -65,14 +66,13 @@ class MPITransport(Transport):
         self.posted = 0  # collectives so far, the same ones on every rank
         self._left: dict[int, int] = {}  # how many of them the ranks took part in that do so no longer
         self._farewells: list[Any] = []  # held until MPI ends
-        self._half_ops: dict[ReduceOp, MPI.Op] = {}
         _transports.add(self)
 
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
         reduced = tensor.cpu()  # in place: fused tensors are copies already
         half = reduced.dtype == torch.float16
         array = reduced.view(torch.int16).numpy() if half else reduced.numpy()
-        mpi_op = self._half_op(op) if half else _OPS[op]
+        mpi_op = _half_op(op) if half else _OPS[op]
         requests = [self.comm.Iallreduce(MPI.IN_PLACE, chunk, mpi_op) for chunk in _chunks(array)]
         return _MPIPending(self, requests, lambda: reduced.to(tensor.device), array)
 
@@ -146,17 +146,17 @@ class MPITransport(Transport):
         step = max(CHUNK_BYTES // self.size, 1)
         return [(start, step) for start in range(0, max(longest, 1), step)]
 
-    def _half_op(self, op: ReduceOp) -> MPI.Op:
-        """MPI knows no float16: reduce it by a function of ours."""
-        if op not in self._half_ops:
 
-            def reduce(incoming: Any, inout: Any, datatype: MPI.Datatype) -> None:
-                a = torch.frombuffer(incoming, dtype=torch.float16)
-                b = torch.frombuffer(inout, dtype=torch.float16)
-                _TORCH_OPS[op](a, b, out=b)
+@functools.cache
+def _half_op(op: ReduceOp) -> MPI.Op:
+    """MPI knows no float16: reduce it by a function of ours. One for all transports, as mpi4py has room for few."""
 
-            self._half_ops[op] = MPI.Op.Create(reduce, commute=True)
-        return self._half_ops[op]
+    def reduce(incoming: Any, inout: Any, datatype: MPI.Datatype) -> None:
+        a = torch.frombuffer(incoming, dtype=torch.float16)
+        b = torch.frombuffer(inout, dtype=torch.float16)
+        _TORCH_OPS[op](a, b, out=b)
+
+    return MPI.Op.Create(reduce, commute=True)
 
 
 def _joined(parts: Sequence[Tensor]) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hvd_compress import Compression
+from hvd_compress.requests import ReduceOp
 
 from .job import Job
 from .training import (
@@ -302,3 +303,13 @@ def test_an_optimizer_that_is_dropped_ends_its_thread(several: Job, mpi) -> None
     del optimizer
     gc.collect()
     assert threads() == before
+
+
+def test_there_may_be_many_transports_that_add_float16(plain_mpi: Job) -> None:
+    """mpi4py has room for some twenty functions of ours."""
+    transports = [plain_mpi.transport() for _ in range(30)]
+    for transport in transports:
+        total = transport.allreduce("half", torch.ones(3, dtype=torch.float16), ReduceOp.SUM).wait()
+        assert total.tolist() == [plain_mpi.size] * 3
+    for transport in transports:
+        transport.leave()
