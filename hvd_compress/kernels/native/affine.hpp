@@ -18,13 +18,60 @@ inline float smallest(F8 a) {
     return lanes[0];
 }
 
-// Returns 0, or -1 where a value, or the difference of two of a block, is not finite.
-template <int BITS, class T> int affine_encode_as(const T* x, size_t numel, uint64_t key, uint8_t* payload) {
+// One block, filled up to 256 values. Returns 0, or -1 where a value, or the difference of two, is not finite.
+template <int BITS>
+__attribute__((noinline)) int affine_block(float* values, size_t count, const Stream& stream, size_t start_of_block,
+                                           uint8_t* range_out, uint8_t* codes) {
+    F8 low = fload(values), negated_high = fset(0) - low;
+    I8 largest = iset(0);
+    for (size_t k = 0; k < QUANTISED_BLOCK; k += LANES) {
+        const F8 v = fload(values + k);
+        low = fmin(low, v);
+        negated_high = fmin(negated_high, fset(0) - v);
+        largest = imax(largest, magnitude_bits(v));
+    }
+    const float start = smallest(low) + 0.0f, span = -smallest(negated_high) - start;  // no negative zero
+    if (top(largest) >= INFINITY_BITS || as_int(span) >= INFINITY_BITS) {
+        return -1;
+    }
+    const float most = (1 << BITS) - 1, factor = most / span;
+    const bool flat = !(span > 0) || as_int(factor) >= INFINITY_BITS;
+    const Range range = {start, flat ? 0 : span / most};
+    std::memcpy(range_out, &range, sizeof range);
+    for (size_t k = count; k < QUANTISED_BLOCK; k++) {
+        values[k] = start;  // its code is 0
+    }
+    I8 words[BITS];
+    for (int w = 0; w < BITS; w++) {
+        words[w] = iset(0);
+    }
+    const F8 levels = fset(most);
+    const I8 counters = stream.counters(start_of_block);
+    HC_UNROLL(32)
+    for (int row = 0; row < BLOCK_ROWS; row++) {
+        const F8 u = to_float(stream.bits(counters + iset(row * LANES))) * fset(0x1p-24f);
+        const F8 place = (fload(values + row * LANES) - fset(start)) * fset(flat ? 0 : factor);
+        const I8 code = truncate(fmin(place + u, levels));
+        const int bit = row * BITS, word = bit / 32, offset = bit % 32;
+        words[word] = words[word] | shl(code, offset);
+        if (offset + BITS > 32) {
+            words[word + 1] = words[word + 1] | shr(code, 32 - offset);
+        }
+    }
+    for (int w = 0; w < BITS; w++) {
+        istore(codes + w * 32, words[w]);
+    }
+    return 0;
+}
+
+using AffineBlock = int (*)(float*, size_t, const Stream&, size_t, uint8_t*, uint8_t*);
+
+// Every block through one function, which is compiled once for all types. Returns what that does.
+template <class T>
+int affine_encode(const T* x, size_t numel, int bits, AffineBlock block, uint64_t key, uint8_t* payload) {
     const Stream stream(key);
-    const F8 levels = fset((1 << BITS) - 1);
-    Range* const ranges = reinterpret_cast<Range*>(payload);
     uint8_t* codes = payload + (numel + QUANTISED_BLOCK - 1) / QUANTISED_BLOCK * sizeof(Range);
-    for (size_t i = 0, block = 0; i < numel; i += QUANTISED_BLOCK, block++, codes += 32 * BITS) {
+    for (size_t i = 0; i < numel; i += QUANTISED_BLOCK, payload += sizeof(Range), codes += 32 * bits) {
         const size_t count = numel - i < QUANTISED_BLOCK ? numel - i : QUANTISED_BLOCK;
         float values[QUANTISED_BLOCK];
         for (size_t k = 0; k < count; k += LANES) {
@@ -33,43 +80,8 @@ template <int BITS, class T> int affine_encode_as(const T* x, size_t numel, uint
         for (size_t k = count; k < QUANTISED_BLOCK; k++) {
             values[k] = values[0];
         }
-        F8 low = fload(values), negated_high = fset(0) - low;
-        I8 largest = iset(0);
-        for (size_t k = 0; k < QUANTISED_BLOCK; k += LANES) {
-            const F8 v = fload(values + k);
-            low = fmin(low, v);
-            negated_high = fmin(negated_high, fset(0) - v);
-            largest = imax(largest, magnitude_bits(v));
-        }
-        const float start = smallest(low) + 0.0f, span = -smallest(negated_high) - start;  // no negative zero
-        if (top(largest) >= INFINITY_BITS || as_int(span) >= INFINITY_BITS) {
+        if (block(values, count, stream, i, payload, codes)) {
             return -1;
-        }
-        const float most = (1 << BITS) - 1, factor = most / span;
-        const bool flat = !(span > 0) || as_int(factor) >= INFINITY_BITS;
-        const Range range = {start, flat ? 0 : span / most};
-        std::memcpy(ranges + block, &range, sizeof range);
-        for (size_t k = count; k < QUANTISED_BLOCK; k++) {
-            values[k] = start;  // its code is 0
-        }
-        I8 words[BITS];
-        for (int w = 0; w < BITS; w++) {
-            words[w] = iset(0);
-        }
-        const I8 counters = stream.counters(i);
-        HC_UNROLL(32)
-        for (int row = 0; row < BLOCK_ROWS; row++) {
-            const F8 u = to_float(stream.bits(counters + iset(row * LANES))) * fset(0x1p-24f);
-            const F8 place = (fload(values + row * LANES) - fset(start)) * fset(flat ? 0 : factor);
-            const I8 code = truncate(fmin(place + u, levels));
-            const int bit = row * BITS, word = bit / 32, offset = bit % 32;
-            words[word] = words[word] | shl(code, offset);
-            if (offset + BITS > 32) {
-                words[word + 1] = words[word + 1] | shr(code, 32 - offset);
-            }
-        }
-        for (int w = 0; w < BITS; w++) {
-            istore(codes + w * 32, words[w]);
         }
     }
     return 0;

@@ -217,9 +217,8 @@ int32_t project_(
 }
 
 int affine_encode_(const void* x, int type, size_t numel, int bits, uint64_t key, uint8_t* payload) {
-    return with_type(x, type, [&](auto* p) {
-        return with_bits(bits, [&](auto b) { return affine_encode_as<b.value>(p, numel, key, payload); });
-    });
+    const AffineBlock block = with_bits(bits, [](auto b) -> AffineBlock { return affine_block<b.value>; });
+    return with_type(x, type, [&](auto* p) { return affine_encode(p, numel, bits, block, key, payload); });
 }
 
 void affine_decode_(const uint8_t* payload, size_t numel, int bits, float* out) {
