@@ -192,10 +192,8 @@ class GradientExchange:
             total = self._finished(running)
             parameter = self.compression.parameters[index]
             parameter.grad = torch.view_as_complex(total) if parameter.is_complex() else total
-        for index, total in self.compression.delayed_of_others().items():
-            parameter = self.compression.parameters[index]
-            parameter.grad = torch.empty_like(parameter)
-            real(parameter.grad).copy_(total.view(self.compression.slots[index].shape))
+        for index, gradient in self.compression.delayed_of_others().items():
+            self.compression.parameters[index].grad = gradient
         self._running.clear()
         self._taken.clear()
 

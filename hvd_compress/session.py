@@ -233,7 +233,8 @@ class Session:
 
     @spanned
     def submit(self, index: int, gradient: Tensor, *, in_place: bool = False) -> Ticket:
-        """Start the exchange of the gradient of parameter `index`; it must stay as it is until `finish`.
+        """Start the exchange of the gradient of parameter `index`; it must stay as it is until `finish`, with delay
+        until the next step begins.
 
         in_place: the result may take its place, and its memory.
         """
@@ -354,8 +355,15 @@ class Session:
         return torch.zeros_like(like) if total is None else _laid_out(total.to(like.device, like.dtype), like)
 
     def delayed_of_others(self) -> dict[int, Tensor]:
-        """By parameter, [numel]: what the last step has for those that have no gradient in this one; once."""
-        return self._late.take_of_others(self.slots) if self.delays else {}
+        """By parameter, as its gradient: what the last step has for those that have none in this one; once."""
+        others = self._late.take_of_others(self.slots) if self.delays else {}
+        return {index: self._as_gradient(index, total) for index, total in others.items()}
+
+    def _as_gradient(self, index: int, total: Tensor) -> Tensor:
+        """A new tensor like the parameter, of `total` [numel]."""
+        gradient = torch.empty_like(self.parameters[index])
+        real(gradient).copy_(total.view(self.slots[index].shape))
+        return gradient
 
     def _finish_late(self) -> None:
         """Wait for the exchanges of the last step, unless its ranks are gone."""
@@ -451,11 +459,9 @@ class Session:
         totals = self._late.take_of_others(self.slots)
         if not totals or not all(max_abs(total) < math.inf for total in totals.values()):
             return False
-        for slot, parameter in zip(self.slots, self.parameters):
-            if (total := totals.get(slot.index)) is not None and parameter.requires_grad:
-                gradient = torch.empty_like(parameter)
-                real(gradient).copy_(total.view(slot.shape)).div_(self._loss_scale or 1.0)
-                parameter.grad = gradient
+        for index, total in totals.items():
+            if self.parameters[index].requires_grad:
+                self.parameters[index].grad = self._as_gradient(index, total).div_(self._loss_scale or 1.0)
         with getattr(optimizer, "skip_synchronize", nullcontext)():
             optimizer.step()
         for parameter in self.parameters:

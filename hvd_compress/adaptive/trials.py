@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -52,6 +53,7 @@ class Trials(Controller):
         self._log = log
         # As of every controller, for what does not change by layer.
         self.number, self.rates, self.accumulated, self.seconds, self.sent_bytes = 0, {}, {}, 0.0, 0
+        self._alone = False  # a single rank
         self._best = 0  # the candidate that was fastest
         self._step = self._start = 0  # that is to come, or under way; and the first one of the trials
         self._last = -1  # the step whose first gradient came last,
@@ -62,13 +64,12 @@ class Trials(Controller):
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {name: getattr(self, name) for name in ("interval", "steps", "rounds", "margin")}
-        return _made, (options | {"log": self._log},)
+        return functools.partial(type(self), log=self._log, **options), ()
 
     def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
         if not isinstance(compressor, OneOfCompressor):
             raise ValueError(f"{type(compressor).__name__} has nothing to try: it is one method")
         self.compressor, self.slots = compressor, slots
-        self._alone = False
 
     def description(self) -> str:
         return f"trials of {self.steps} steps, {self.rounds} rounds, every {self.interval}, margin {self.margin}"
@@ -177,7 +178,3 @@ class Trials(Controller):
         self._step, self._start = state["step"], state["start"]
         self._last = -1
         self._choose()
-
-
-def _made(options: dict[str, Any]) -> Trials:
-    return Trials(**options)

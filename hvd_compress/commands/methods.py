@@ -13,7 +13,7 @@ from ..environment import method as asked_for
 from ..gradient_compression import GradientCompression
 from ..prediction import PLAIN, Maker
 
-# Which need masks, a compression whose rates they choose, or an optimizer by which they choose one.
+# Which need masks, a compression whose rates they choose, an optimizer by which they choose one, or time to try.
 _OF_OTHERS = {"masked", "lgreco", "accordion", "fractrain", "recommended", "auto"}
 NAMES = tuple(name for name in vars(Compression) if not name.startswith("_") and name not in _OF_OTHERS)
 

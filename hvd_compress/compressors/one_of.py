@@ -61,7 +61,7 @@ class OneOfCompressor(Compressor):
         return self.now.owed(slot, gradient)
 
     def held(self, slot: Slot) -> dict[str, int]:
-        """Of all candidates together, as far as they have been used."""
+        """The most that any candidate holds, by what."""
         parts: dict[str, int] = {}
         for candidate in self.candidates:
             for what, size in candidate.held(slot).items():
