@@ -182,7 +182,7 @@ class Run:
     def _compressed(
         self, compression: GradientCompression, gradients: dict[str, torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((slot.name, gradients[slot.name]) for slot in compression.slots if slot.compressed)
+        return ((slot.name, gradients[slot.name]) for slot in compression.slots if slot.parameter.compressed)
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from hvd_compress import kernels, wire
-from hvd_compress.compressors import Slot, TopKCompressor
-from hvd_compress.compressors.base import _add_some_dense, encode_dense
+from hvd_compress.compressors import Parameter, Slot, TopKCompressor
+from hvd_compress.compressors.frames import _add_some_dense, encode_dense
 from hvd_compress.kernels import native
 
 FEWEST = 4  # ranks, with whose cost that of more is compared
@@ -96,7 +96,7 @@ def _dense(gradient: Tensor, rank: int, room: Tensor) -> int:
 
 def _dense_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
     """Of frames that are sent dense, since their codec's payload would have been larger: torch operations."""
-    slot = Slot("", 0, out.shape)
+    slot = Slot(Parameter("", 0, out.shape))
     return _add_some_dense(TopKCompressor(), [wire.DENSE] * len(payloads), torch.float32, slot, payloads, divisor, out)
 
 

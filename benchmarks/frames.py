@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hvd_compress import WireError, wire
-from hvd_compress.compressors import Slot
+from hvd_compress.compressors import Parameter, Slot, Step
 from hvd_compress.requests import Allgather
 from mpi_tests.unit import drive
 from report import write_rows
@@ -121,7 +121,7 @@ def decode(
     compressor: Any, gradient: torch.Tensor, mine: torch.Tensor, theirs: torch.Tensor, out: torch.Tensor
 ) -> bool:
     """The way of a frame in the exchange; whether it is refused."""
-    slot = Slot("weight", 0, gradient.shape, 0, 2, out=out)
+    slot = Slot(Parameter("weight", 0, gradient.shape), Step(size=2), out=out)
     exchange = compressor.exchange(slot, gradient)
     request = next(exchange)
     try:

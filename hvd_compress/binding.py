@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .calls import callers
-from .compressors import Slot, SummedCompressor
+from .compressors import Parameter, Slot, SummedCompressor
 from .compressors.base import Compressor
 from .memory import ErrorFeedback
 
@@ -34,10 +34,6 @@ class Binding:
         self.parameters = [parameter for _, parameter in pairs]
         # What is exchanged of complex parameters are pairs of real numbers.
         exchanged = [real(p.detach()) if p.is_complex() else p for p in self.parameters]
-        self.slots = [
-            Slot(name, index, exchanged[index].shape, seed=seed, memory=memory, parameter=exchanged[index])
-            for index, (name, _) in enumerate(pairs)
-        ]
         if isinstance(compressor, SummedCompressor):  # costs nothing extra, so that no tensor is too small for it
             dimensions = min_numel = 0
         else:  # biases and the like are not worth it; but where all parameters are flat vectors, these are the model
@@ -49,8 +45,11 @@ class Binding:
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
             for name, p in pairs
         ]
-        for slot, compressed in zip(self.slots, self.compressed):
-            slot.compressed = compressed
+        named = zip(pairs, exchanged, self.compressed)
+        self.slots = [
+            Slot(Parameter(name, index, tensor.shape, seed, compressed, tensor), memory=memory)
+            for index, ((name, _), tensor, compressed) in enumerate(named)
+        ]
         self.index_of = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self._next: dict[int, int] = {}  # whose hook came after whose
         self._last = -1
@@ -67,7 +66,7 @@ class Binding:
         return index
 
     def describe(self) -> list[tuple[str, list[int], str]]:
-        return [(slot.name, list(slot.shape), str(p.dtype)) for slot, p in zip(self.slots, self.parameters)]
+        return [(slot.name, list(slot.parameter.shape), str(p.dtype)) for slot, p in zip(self.slots, self.parameters)]
 
     def _unknown(self, tensor: Tensor) -> Exception:
         if any(parameter is tensor for parameter in self.parameters):

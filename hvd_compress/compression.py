@@ -279,7 +279,7 @@ class Compression:
         """
         compressor: Compressor = NoneCompressor()
         if dense is not None:
-            dense.delist()
+            dense.unregister()
             compressor = dense.compressor
         if named_parameters is None:
             if not (of_model := getattr(masks, "named_parameters", None)):

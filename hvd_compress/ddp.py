@@ -52,7 +52,7 @@ def attach(compression: GradientCompression, process_group: Optional[dist.Proces
     transport = TorchTransport(process_group)
     if transport.size == 1 and not compression.compressor.replaces:
         say_single_rank(compression.compressor)
-    compression.delist()
+    compression.unregister()
     fingerprint.check(transport, "hvd_compress.check", {"0": compression.description()})
     compression.attach(transport, functools.partial(OrderedEngine, threaded=transport.size > 1))
     _watch_optimizers()

@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from .requests import Allreduce, Broadcast, Exchange, GroupExchange, Member, Request, Topology, sent_bytes
 from .telemetry import Collective, Telemetry
 from .transports.base import Pending, Transport
@@ -31,7 +29,7 @@ class Ticket:
         self.index = index
         self.bucket = bucket
         self.sent_bytes = 0
-        self.total: Tensor | None = None  # the sum over the ranks; None: not finite on some rank
+        self.result: Any = None  # of a gradient a Total, or None where it is not finite on some rank
         self.done = False
 
 
@@ -62,9 +60,9 @@ class Run:
         try:
             self.request = self._exchange.send(answer)
         except StopIteration as end:
-            totals = [end.value] if self._group is None else end.value
-            for ticket, total in zip(self.tickets, totals):
-                ticket.total, ticket.done = total, True
+            results = [end.value] if self._group is None else end.value
+            for ticket, result in zip(self.tickets, results):
+                ticket.result, ticket.done = result, True
             self.request, self.done = None, True
         finally:
             if spans is not None:
@@ -290,14 +288,14 @@ class Engine:
         if spans is not None:
             spans.end("python")
 
-    def finish(self, ticket: Ticket) -> Tensor | None:
-        """Wait for the sum over the ranks, float32 [numel]; None when the gradient of any rank is not finite."""
+    def finish(self, ticket: Ticket) -> Any:
+        """Wait for what its exchange returns; see requests.Exchange."""
         if self.collecting:
             self.flush()
         self._complete(ticket)
         if ticket is self._first:
             self._first = None
-        return ticket.total
+        return ticket.result
 
     def close(self) -> None:
         """Let go of what runs in the background."""

@@ -25,7 +25,7 @@ class MismatchError(RuntimeError):
 
 
 @dataclass
-class Roll:
+class Registry:
     """The compressions made for one set of ranks, in the order in which the program made them."""
 
     unchecked: dict[int, Description] = field(default_factory=dict)  # by a number that grows as they are made
@@ -46,20 +46,20 @@ class Roll:
             self.numbers[id_] = len(self.numbers)
 
     def restart(self) -> None:
-        """Forget what was compared, as when the ranks have changed: all that are still used enlist again."""
+        """Forget what was compared, as when the ranks have changed: all that are still used register again."""
         self.checks = 0
         self.numbers.clear()
 
 
 # Per set of ranks, because the number of a compression is part of the names of its collectives. Filled as compressions
 # are made; the descriptions keep no parameter alive.
-_rolls: dict[Hashable, Roll] = {}
+_registries: dict[Hashable, Registry] = {}
 
 
-def roll(process_set: Any) -> Roll:
-    """The roll of a horovod.torch.ProcessSet; None for all ranks."""
+def registry_of(process_set: Any) -> Registry:
+    """That of a horovod.torch.ProcessSet; None for all ranks."""
     everyone = process_set is None or process_set.process_set_id == 0
-    return _rolls.setdefault(None if everyone else tuple(process_set.ranks), Roll())
+    return _registries.setdefault(None if everyone else tuple(process_set.ranks), Registry())
 
 
 def check(transport: Transport, name: str, mine: dict[str, Description]) -> None:

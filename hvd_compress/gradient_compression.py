@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
 import sys
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import environment, fingerprint
 from .adaptive import Controller
-from .agreement import BYTES, agree, mismatch
-from .binding import Binding, NamedParameters, calling_optimizer, parameters_of_optimizer
+from .binding import Binding, NamedParameters, parameters_of_optimizer
 from .by_name import compressor_of, name_of
 from .compressors import AUTO, Compressor, SummedCompressor
 from .engine import Engine
+from .horovod_hooks import HorovodHooks
 from .log import SINGLE_RANK, log, warn_once
+from .options import NAMES, Options
 from .paced_engine import PacedEngine
 from .schedules import describe
-from .session import CLOSING, NONE, Progress, Session, spanned
-from .step_check import GradientChangedError, Taken, advise, called_by_grad_scaler, came_too_often, problem_of
+from .session import NONE, Progress, Session, spanned
 from .version import __version__
 
 _ids = itertools.count()  # of this process; other ranks may have made other compressions besides
-
-_COMMON_OPTIONS = (
-    "min_numel",
-    "exclude",
-    "seed",
-    "process_set",
-    "bucket_bytes",
-    "overlap",
-    "topology",
-    "ranks_per_node",
-    "delay",
-)
-_OF_THE_METHOD = ("topology", "ranks_per_node")  # of these options: another method may have no such topology
-_ALIKE = (
-    "Freeze and unfreeze parameters on every rank between the same two steps; give every rank a gradient of the same "
-    "layout, dense or sparse, for each parameter, and change gradients after optimizer.synchronize() alone."
-)
-_UNPACED_STEPS = 1000  # after one in which some rank alone had no gradient for a parameter
-_PATIENCE_SECONDS = 5.0  # for the other ranks, where an error of this one is certain
-
-
-@dataclass(frozen=True)
-class _AddedUp:
-    """Context of a tensor that Horovod itself adds up: how the gradient comes of it."""
-
-    compressor: SummedCompressor
-    gradient: Tensor
-    version: int  # of the gradient, when the summand was made of it
-    size: int  # of the set of ranks
+_OF_THE_METHOD = ("topology", "ranks_per_node")  # of the options: another method may have no such topology
 
 
 class GradientCompression(Session):
@@ -84,46 +53,20 @@ class GradientCompression(Session):
     Raises ValueError for options or parameters that cannot work.
     """
 
-    def __init__(
-        self,
-        compressor: Compressor,
-        named_parameters: NamedParameters | None = None,
-        *,
-        min_numel: int = 1024,
-        exclude: str | Sequence[str] = (),
-        seed: int = 0,
-        process_set: Any = None,
-        bucket_bytes: int = 8 << 20,
-        overlap: bool = True,
-        topology: str = AUTO,
-        ranks_per_node: int | None = None,
-        delay: int = 0,
-    ) -> None:
-        if min_numel < 0:
-            raise ValueError(f"min_numel must not be negative: {min_numel}")
-        if bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes must be at least 1: {bucket_bytes}")
+    def __init__(self, compressor: Compressor, named_parameters: NamedParameters | None = None, **options: Any) -> None:
+        given = Options(**options)
         if environment.is_off():
             warn_once(f"{environment.OFF} is set: compression is switched off, gradients travel as they are")
-            compressor, topology, ranks_per_node, delay = compressor.switched_off(NONE), AUTO, None, 0
-        super().__init__(compressor, bucket_bytes, topology, ranks_per_node, delay)
-        self.min_numel = min_numel
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        self.seed = seed
-        self.process_set = process_set
-        self.overlap = overlap
+            compressor = compressor.switched_off(NONE)
+            given = dataclasses.replace(given, topology=AUTO, ranks_per_node=None, delay=0)
+        super().__init__(compressor, given)
         if named_parameters is not None:
             self._bind(named_parameters)
-        self._roll = fingerprint.roll(process_set)
-        self._roll.members.add(self)
+        self._registry = fingerprint.registry_of(given.process_set)
+        self._registry.members.add(self)
         self._id = next(_ids)
-        self._enlist()
-        self._mark = self._mean_mark = 0.0
-        self._carriers: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # to copy
-        self._optimizer: Callable[[], torch.optim.Optimizer | None] = _nobody  # Horovod's, a weak reference
-        self._taken = Taken()
-        self._watches_accumulation = False
-        self._paced_from = 0  # the step
+        self._register()
+        self._horovod = HorovodHooks(self)
         _say_if_single_rank(compressor)
 
     def __repr__(self) -> str:
@@ -134,23 +77,22 @@ class GradientCompression(Session):
         """Bind what is not bound yet, as in `Compression.bf16(model.named_parameters(), min_numel=4096)`."""
         if self.bound:
             raise TypeError(f"{self!r} is bound to its parameters already")
-        common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
-        self.delist()  # what is compared is what is used
-        return bound_compression(self.compressor, named_parameters, common | options)
+        self.unregister()  # what is compared is what is used
+        return bound_compression(self.compressor, named_parameters, self.options.items() | options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As what it is and owes, without its connections: a copy is attached anew, on the same rank."""
-        named = [(slot.name, p) for slot, p in zip(self.slots, self.parameters)] if self.bound else None
-        options = {name: getattr(self, name) for name in _COMMON_OPTIONS}
-        return _remake, (self.compressor, named, options, self.controller, self.state_dict() if named else None)
+        named = list(zip(self.names, self.parameters)) if self.bound else None
+        state = self.state_dict() if named else None
+        return _remake, (self.compressor, named, self.options.items(), self.controller, state)
 
     def adapt(self, controller: Controller) -> GradientCompression:
         """Let `controller` choose the rate of each parameter from now on; returns this. Before the first exchange."""
-        if self._engine is not None or self.controller is not None:
+        if self.attached is not None or self.controller is not None:
             raise ValueError(f"{self!r} has a controller already, or has exchanged gradients: make a new one to adapt")
         controller.bind(self.compressor, self.slots)
-        self.controller = controller
-        self._enlist()
+        self._state.controller = controller
+        self._register()
         return self
 
     def record_loss(self, loss: Tensor | float) -> None:
@@ -163,20 +105,23 @@ class GradientCompression(Session):
         return name_of(type(self.compressor))
 
     def _options(self) -> dict[str, Any]:
-        return self.compressor.options() | {name: getattr(self, name) for name in _COMMON_OPTIONS}
+        return self.compressor.options() | self.options.items()
 
     def _bind(self, named_parameters: NamedParameters) -> None:
+        options = self.options
         self._binding = Binding(
             named_parameters,
             self.compressor,
             self.memory,
-            min_numel=self.min_numel,
-            exclude=self.exclude,
-            seed=self.seed,
+            min_numel=options.min_numel,
+            exclude=options.exclude,
+            seed=options.seed,
         )
 
+    # What must be the same on every rank
+
     def description(self) -> fingerprint.Description:
-        """What must be the same on every rank."""
+        """All of it."""
         options = {name: describe(value) for name, value in self._options().items() if name != "process_set"}
         parameters = self.binding.describe() if self.bound else None
         frozen = [n for n, p in zip(self.names, self.parameters) if not p.requires_grad] if self.bound else None
@@ -185,217 +130,64 @@ class GradientCompression(Session):
             found["controller"] = self.controller.description()
         return {"version": __version__, "compressor": self._name} | options | found
 
-    @property
-    def names(self) -> list[str]:
-        """Of the parameters, as bound."""
-        return [slot.name for slot in self.slots]
-
-    def _enlist(self) -> None:
+    def _register(self) -> None:
         if self.bound or not isinstance(self.compressor, SummedCompressor):
-            self._roll.unchecked[self._id] = self.description()
+            self._registry.unchecked[self._id] = self.description()
 
-    def delist(self) -> None:
-        """Take this off the list of what Horovod's ranks compare, for whoever compares it elsewhere."""
-        self._roll.unchecked.pop(self._id, None)
+    def unregister(self) -> None:
+        """Take this out of what Horovod's ranks compare, for whoever compares it elsewhere."""
+        self._registry.unchecked.pop(self._id, None)
 
     def _is_stale(self) -> bool:
         return self._engine is not None and not self._engine.collecting and not self._engine.transport.is_current()
 
     def rejoin(self, progress: Progress) -> None:
         """Start anew on a changed set of ranks, with all other compressions of the old one; residuals stay."""
-        self._roll.restart()
-        for member in {self, *filter(GradientCompression._is_stale, self._roll.members)}:
+        self._registry.restart()
+        for member in {self, *filter(GradientCompression._is_stale, self._registry.members)}:
             member.settle()
             member.detach()
-            member._taken = Taken()
-            member._enlist()
+            member._horovod.forget_step()
+            member._register()
         self.progress = progress
 
     # Horovod's interface
 
     @spanned
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """Called by Horovod for every gradient: start its exchange, and return what Horovod is to add up.
-
-        That is the tensor itself where Horovod can add what is sent. Else it is a carrier: a 1, which comes back as 1
-        from an average and as the number of ranks from a sum, and a mark, by which sets of ranks are told apart.
-        """
+        """Called by Horovod for every gradient: start its exchange, and return what Horovod is to add up."""
         if isinstance(self.compressor, SummedCompressor) and not self.bound:
             _say_if_it_stays(self._name)
-            self._taken.add(-1, tensor)
-            size = _horovod_size(self.process_set)
-            return self.compressor.summand(tensor, size), _AddedUp(self.compressor, tensor, tensor._version, size)
+            return self._horovod.compress_unbound(self.compressor, tensor)
         if self._is_stale():  # elastic Horovod does not tell when ranks only leave
             self.rejoin(self.progress)
-        if self._engine is None:
-            self._connect()
-        assert self._engine is not None
-        index = self.binding.identify(tensor)
-        self.begin()
-        self._taken.add(index, tensor)
-        # One rank, as of an elastic job or a process set, has nothing to send, but still needs a momentum.
-        alone = self.size == 1 and not self.compressor.replaces
-        compressor = NONE if alone else self._compressor_of(index, tensor)
-        if isinstance(compressor, SummedCompressor) and not self.delays:
-            if self.controller is not None:
-                self.controller.submitting(self._engine, self.slots[index], tensor)
-            if self.telemetry.recording:
-                self._look(compressor, self.slots[index], tensor)
-            summand = compressor.summand(tensor, self.size)
-            self._record(index, tensor, summand.numel() * summand.element_size())
-            self._engine.transport.give_way()
-            return summand, _AddedUp(compressor, tensor, tensor._version, self.size)
-        frozen = not self.parameters[index].requires_grad  # then Horovod reduces zeros
-        ticket = self._start(index, compressor, tensor, in_place=True, frozen=frozen)
-        carrier = self._carrier(tensor)
-        ticket.sent_bytes += carrier.numel() * carrier.element_size()
-        self._engine.transport.give_way()
-        return carrier, (ticket, tensor)
-
-    def _carrier(self, tensor: Tensor) -> Tensor:
-        """Of the gradient's own type: the tensors of one of Horovod's groups must not differ in it."""
-        kind = tensor.dtype, tensor.device
-        if kind not in self._carriers:
-            dtype = NONE.summand(tensor[:0]).dtype
-            self._carriers[kind] = torch.tensor([1.0, self._mark], dtype=dtype, device=tensor.device)
-        return self._carriers[kind].clone()
+        return self._horovod.compress(self._engine or self._connect(), tensor)
 
     @spanned
     def decompress(self, tensor: Tensor, context: Any) -> Tensor:
         """Called by Horovod with what it added up: finish the exchange, and return the aggregated gradient."""
-        if self._taken.gradients:
-            self._close_step()
-        if isinstance(context, tuple):
-            ticket, gradient = context
-            assert self._engine is not None
-            if not self.delays:
-                self._engine.finish(ticket)  # first: it may know better than the carrier what is wrong
-            return self.finish(ticket, gradient, average=self._is_average(tensor))
-        self._finished = True
-        if self.controller is not None and self._engine is not None:
-            self.controller.finishing(self._engine)
-        self._watch(tensor)
-        if context is None:  # Horovod adds up sparse gradients without asking compress
-            return tensor
-        gradient = context.gradient
-        if gradient._version != context.version:
-            raise GradientChangedError.of([f"a parameter of shape {tuple(gradient.shape)}"])
-        restored: Tensor = context.compressor.restore(tensor, gradient.shape, gradient.dtype, context.size)
-        return restored
+        return self._horovod.decompress(self._engine, tensor, context)
 
-    def _close_step(self) -> None:
-        """All gradients of the step are handed in: have the ranks compare what they have seen of it.
-
-        Raises on every rank: MismatchError where they differ, ValueError for an optimizer that this cannot serve,
-        GradientChangedError for gradients that were changed meanwhile.
-        """
-        engine, step = self._engine, self._step
-        taken, self._taken = self._taken, Taken()
-        by_scaler = called_by_grad_scaler()
-        if isinstance(self.compressor, SummedCompressor) or not isinstance(engine, PacedEngine):
-            if by_scaler:
-                raise GradientChangedError.by_scaler()
-            return
-        changed = [self.names[index] for index in taken.changed()]
-        problem = problem_of(self._optimizer(), self.compressor, self.binding)
-        trained = bytes(p.requires_grad for p in self.parameters)
-        exchange = agree(
-            self.rank,
-            (step, sorted(taken.gradients), changed, trained, problem),
-            lambda: taken.states(self.binding, problem, step),
-            mismatch(step, _ALIKE),
-            habits=sorted(taken.late),
-        )
-        ticket = engine.submit(len(self.slots) + CLOSING, exchange)
-        engine.put_first(ticket)
-        self.telemetry.agreement_bytes += BYTES
-        if changed or problem or by_scaler:
-            engine.try_finish(ticket, _PATIENCE_SECONDS)
-            if by_scaler:
-                raise GradientChangedError.by_scaler()
-            raise GradientChangedError.of(changed) if changed else ValueError(problem)
-        alike = engine.finish(ticket)
-        if not (self.overlap and alike is not None and bool(alike)):
-            self._paced_from = step + _UNPACED_STEPS
-        engine.pace(step >= self._paced_from)
-
-    def _is_average(self, carrier: Tensor) -> bool:
-        """Whether Horovod averaged or summed; raises RuntimeError if it did neither, or over other ranks than ours."""
-        one, mark = carrier.tolist()
-        rounding, counted = 0.005, self.size
-        if carrier.dtype == torch.float16:  # added up one by one its error grows, and from 2048 on a 1 is lost
-            rounding, counted = 0.005 + self.size / 4096, min(self.size, 2048)
-        if abs(mark - one * self._mean_mark) < rounding * one * self._mean_mark:
-            if 0.75 * counted / self.size < one < 1.25:
-                return True
-            if 0.75 * counted < one < 1.25 * self.size:
-                return False
-        raise RuntimeError(
-            "Horovod did not sum or average over the ranks of this compression. Use op=hvd.Average or op=hvd.Sum, and "
-            "give the optimizer and the compression the same process_set="
-        )
-
-    def _connect(self) -> None:
+    def _connect(self) -> Engine:
         from .transports.horovod import HorovodTransport
 
-        optimizer = calling_optimizer(self)
-        if optimizer is not None:
-            self._optimizer = weakref.ref(optimizer)
-            _watch_steps()
+        optimizer = self._horovod.find_optimizer()
         if not self.bound:
             _say_if_it_stays(self._name)
             self._bind(parameters_of_optimizer(optimizer or self._refuse_unbound()))
-        if not self._watches_accumulation:
-            self._watches_accumulation = True
-            self._watch_accumulation()
-        transport = HorovodTransport(self.process_set)
-        if optimizer is not None and transport.size > 1:
-            advise(optimizer, self.compressor, transport.rank)
-        if transport.size > 1 and self._id not in self._roll.numbers:
-            self._roll.unchecked.setdefault(self._id, self.description())  # where this is a copy
-            for member in self._roll.members:  # parameters may have been frozen meanwhile
-                if member._id in self._roll.unchecked:
-                    member._enlist()
-            self._roll.check(transport)
-        marks = [_mark(member) for member in transport.members]
-        self._mark, self._mean_mark = marks[transport.rank], sum(marks) / len(marks)
-        self._carriers.clear()
-        prefix = f"hvd_compress.{self._roll.numbers.get(self._id, 0)}"
+        transport = HorovodTransport(self.options.process_set)
+        self._horovod.attach(transport, transport.members, optimizer)
+        if transport.size > 1 and self._id not in self._registry.numbers:
+            self._registry.unchecked.setdefault(self._id, self.description())  # where this is a copy
+            for member in self._registry.members:  # parameters may have been frozen meanwhile
+                if member._id in self._registry.unchecked:
+                    member._register()
+            self._registry.check(transport)
+        prefix = f"hvd_compress.{self._registry.numbers.get(self._id, 0)}"
         engine = functools.partial(PacedEngine if transport.shared else Engine, prefix=prefix)
-        self.attach(transport, engine, compressed_only=not self.delay)
         if transport.rank == 0 and not any(self.binding.compressed):
             log.warning("%r compresses nothing: all parameters are small, vectors, or excluded", self)
-
-    def _watch_accumulation(self) -> None:
-        """See a gradient that is added to when it is under way before Horovod does, whose error names but one of two
-        causes."""
-        mine = weakref.ref(self)
-
-        def came(index: int, _: Tensor) -> None:
-            compression = mine()
-            if compression is not None and index in compression._taken.gradients:
-                passes = getattr(compression._optimizer(), "backward_passes_per_step", 1)
-                raise came_too_often(compression.names[index], passes)
-
-        for index, parameter in enumerate(self.parameters):
-            if parameter.requires_grad and parameter.is_leaf:
-                parameter.register_post_accumulate_grad_hook(functools.partial(came, index))
-
-
-def _nobody() -> None:
-    """In place of a reference to an optimizer that is not known."""
-
-
-@functools.cache
-def _watch_steps() -> None:
-    """Let optimizers tell their compressions that a step was made, so that residuals follow it."""
-
-    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        compression = getattr(optimizer, "_compression", None)
-        if isinstance(compression, GradientCompression):
-            compression.step_made()
-
-    register_optimizer_step_post_hook(stepped)
+        return self.attach(transport, engine, compressed_only=not self.options.delay)
 
 
 def _remake(
@@ -408,22 +200,10 @@ def _remake(
     compression = GradientCompression(compressor, named_parameters, **options)
     if controller is not None:
         compression.adapt(controller)
-    compression.delist()  # until it is used: other ranks may have made no copy
+    compression.unregister()  # until it is used: other ranks may have made no copy
     if state is not None:
         compression.load_state_dict(state)
     return compression
-
-
-def _mark(rank: int) -> float:
-    """A small number, exact in float16, whose mean over one set of ranks is hardly that over another."""
-    return 1.0 + pow(7, rank, 97) / 64
-
-
-def _horovod_size(process_set: Any) -> int:
-    hvd = sys.modules.get("horovod.torch")
-    if hvd is None or not hvd.is_initialized():
-        return 1
-    return int(hvd.size() if process_set is None else process_set.size())
 
 
 def bound_compression(
@@ -438,7 +218,7 @@ def bound_compression(
 def _instead(compressor: Compressor, options: Mapping[str, Any], asked: str) -> tuple[Compressor, dict[str, Any]]:
     variable = f"{environment.METHOD}={asked}"
     try:
-        other, own = compressor_of(asked, _COMMON_OPTIONS)
+        other, own = compressor_of(asked, NAMES)
     except ValueError as error:
         raise ValueError(f"{environment.METHOD}: {error}") from None
     if compressor.replaces and compressor != other:

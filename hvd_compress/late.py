@@ -33,7 +33,8 @@ class Late:
     @property
     def held_bytes(self) -> int:
         """Of gradients, or of what has come of them."""
-        return sum((one.like if one.ticket.total is None else one.ticket.total).nbytes for one in self.running)
+        results = (one.ticket.result for one in self.running)
+        return sum((one.like if got is None else got.values).nbytes for one, got in zip(self.running, results))
 
     def add(self, ticket: Ticket, like: Tensor, *, average: bool) -> None:
         self.running.append(Running(ticket, torch.empty_like(like, device="meta"), average))
@@ -58,5 +59,5 @@ class Late:
     def take_of_others(self, slots: Iterable[Slot]) -> dict[int, Tensor]:
         """The same, by index, of those parameters that have no gradient under way."""
         present = {one.ticket.index for one in self.running}
-        found = {slot.index: self.take(slot.name) for slot in slots if slot.index not in present}
+        found = {slot.parameter.index: self.take(slot.name) for slot in slots if slot.parameter.index not in present}
         return {index: total for index, total in found.items() if total is not None}

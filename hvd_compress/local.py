@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .compressors import Compressor, Slot
 from .gradient_compression import GradientCompression
-from .requests import Exchange, GroupExchange, Member, Topology
+from .requests import Exchange, GroupExchange, Member, Topology, Total
 from .topologies import Part
 from .transports.local import LocalWorld
 
@@ -33,7 +33,7 @@ class LocalRanks:
             if rank not in self.readers:
                 _leave_unread(compression)
         for compression, transport in zip(compressions, world.transports):
-            compression.delist()
+            compression.unregister()
             engine = compression.attach(transport)
             world.polls[transport.rank] = engine.poll
             self._engines.append(engine)
@@ -48,7 +48,7 @@ class LocalRanks:
         """
         if len(gradients) != len(self.compressions):
             raise ValueError(f"gradients of {len(gradients)} ranks for {len(self.compressions)} compressions")
-        index_of = {slot.name: slot.index for slot in self.compressions[0].slots}
+        index_of = {slot.name: slot.parameter.index for slot in self.compressions[0].slots}
         tickets = [
             {
                 name: compression.submit(index_of[name], gradient, in_place=in_place and rank in self.readers)
@@ -77,14 +77,14 @@ class _Unread:
         while not request.last:
             request = exchange.send((yield request))
         yield request
-        return [torch.zeros(1).expand(part.gradient.numel()) for part in parts]
+        return [Total(torch.zeros(1).expand(part.gradient.numel())) for part in parts]
 
 
 def _leave_unread(compression: GradientCompression) -> None:
-    usual = compression.exchange_of
+    usual = compression.routing.exchange_of
 
     def exchange_of(compressor: Compressor, slot: Slot, gradient: Tensor) -> Exchange | Member:
         exchange = usual(compressor, slot, gradient)
         return Member(_Unread(exchange.topology), exchange.part) if isinstance(exchange, Member) else exchange
 
-    compression.exchange_of = exchange_of  # type: ignore[method-assign]
+    compression.routing.exchange_of = exchange_of  # type: ignore[method-assign]

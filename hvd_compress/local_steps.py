@@ -105,7 +105,7 @@ class LocalSteps:
             raise ValueError(
                 f"fragments must be at least 1, and at most every={self.every} and the {count} parameters: {fragments}"
             )
-        if compression.delay:
+        if compression.options.delay:
             raise ValueError(f"{compression!r} is late by a step, and rounds are not: leave out delay=1")
         if compressor.replaces or compressor.keeps_momentum:
             raise ValueError(
@@ -128,7 +128,7 @@ class LocalSteps:
         if self._transport is not None and self._transport.is_current():
             return self._transport
         compression, transport = self.compression, connect(self._over)
-        compression.delist()
+        compression.unregister()
         description = compression.description() | {
             "every": self.every,
             "fragments": len(self._fragments),

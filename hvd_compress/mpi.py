@@ -95,7 +95,7 @@ def _attach(compression: GradientCompression, optimizer: torch.optim.Optimizer, 
         log.warning("MPI provides no MPI_THREAD_MULTIPLE: gradients are exchanged after backward, not during it")
     if transport.size == 1:
         say_single_rank(compression.compressor)
-    compression.delist()
+    compression.unregister()
     conflict = compression.compressor.conflict(optimizer) if transport.size > 1 else None
     fingerprint.check(transport, "hvd_compress.check", {"0": compression.description() | {"conflict": conflict}})
     if conflict:

@@ -133,7 +133,7 @@ class DistributedMixin(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # step() of the wrapped class is, and calls the hooks
 
     def _over_ranks(self, closure: Callable[[], Any] | None) -> Callable[[], Any]:
-        if closure is not None and self.compression.delay:
+        if closure is not None and self.compression.options.delay:
             raise ValueError(
                 "step(closure) needs the gradient of the loss that the closure returns, and delay=1 gives that of the "
                 "step before: leave out one of them"

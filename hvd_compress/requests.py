@@ -75,11 +75,21 @@ class AlltoallParts:
 
 Request = Union[Allreduce, Allgather, Broadcast, Alltoall, AllgatherParts, AlltoallParts]
 
-# The whole communication of one gradient: yields requests, receives their answers, returns the sum over ranks as
-# float32 [numel], or None when the gradient of any rank is not finite.
-Exchange = Generator[Request, Any, Union[Tensor, None]]
-# The same for several gradients; returns a sum, or None, for each.
-GroupExchange = Generator[Request, Any, Sequence[Union[Tensor, None]]]
+
+@dataclass(frozen=True)
+class Total:
+    """What comes of the exchange of a gradient: the sum over the ranks, the same bits on all of them."""
+
+    values: Tensor  # float32 [numel], or of the gradient's own type where that is wider or sparse
+    divisor: float = 1.0  # by which the sum is divided already
+    bound: float | None = None  # of all |values|, finite exactly if they are; None where nobody has looked
+
+
+# The whole communication of one gradient: yields requests, receives their answers, returns a Total, or None when the
+# gradient of any rank is not finite. What is exchanged besides gradients may return anything.
+Exchange = Generator[Request, Any, Any]
+# The same for several gradients; returns a Total, or None, for each.
+GroupExchange = Generator[Request, Any, Sequence[Union[Total, None]]]
 
 
 class Topology(Protocol):

@@ -82,8 +82,10 @@ class Taken:
             said[f"parameter {slot.name!r}"] = "trained" if parameter.requires_grad else "frozen"
         for slot, parameter in zip(binding.slots, binding.parameters):
             sparse = parameter.grad is not None and parameter.grad.is_sparse
-            state = "sparse" if sparse else "dense" if slot.index in self.gradients else "not there"
-            said[f"the gradient of {slot.name!r}"] = "changed after backward()" if slot.index in changed else state
+            state = "sparse" if sparse else "dense" if slot.parameter.index in self.gradients else "not there"
+            said[f"the gradient of {slot.name!r}"] = (
+                "changed after backward()" if slot.parameter.index in changed else state
+            )
         return {**said, "the optimizer": problem or "all right"}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..compressors import Compressor, Slot
 from ..engine import Engine
+from ..requests import Total
 from ..transports.base import Transport
 from . import journal
 from .layers import check_adaptable
@@ -47,8 +48,9 @@ class Controller:
     def finishing(self, engine: Engine) -> None:
         """Before the first result of a step is asked for."""
 
-    def received(self, slot: Slot, total: Tensor) -> None:
-        """The aggregated gradient of a parameter, the same on every rank; not called where it is not finite."""
+    def received(self, slot: Slot, total: Total) -> None:
+        """The aggregated gradient of a parameter, as the optimizer gets it, the same on every rank; not called where a
+        rank's gradient was not finite."""
 
     def record_loss(self, loss: float) -> None:
         """This rank's, of a step."""
@@ -76,7 +78,7 @@ class Controller:
         self.accumulated = {name: total.detach().clone() for name, total in accumulated.items()}
 
     def _initial(self, slot: Slot) -> float | None:
-        has_choice = slot.compressed and self.compressor.candidates(slot.shape)
+        has_choice = slot.parameter.compressed and self.compressor.candidates(slot.parameter.shape)
         return self.policy.initial_rate if has_choice else None
 
     def _give(self) -> None:

@@ -53,12 +53,16 @@ def check_adaptable(compressor: Compressor) -> Any:
 
 def own_rate(compressor: Any, slot: Slot, step: int) -> float:
     """The rate that the compressor itself gives a parameter at `step`."""
-    return float(compressor.rate_of(dataclasses.replace(slot, rate=None, step=step)))
+    return float(compressor.rate_of(dataclasses.replace(_at(slot, step), rate=None)))
 
 
 def present_rate(compressor: Any, slot: Slot, step: int) -> float:
     """The rate that a parameter travels at in `step`: a controller's choice, or the compressor's own."""
-    return float(compressor.rate_of(dataclasses.replace(slot, step=step)))
+    return float(compressor.rate_of(_at(slot, step)))
+
+
+def _at(slot: Slot, step: int) -> Slot:
+    return dataclasses.replace(slot, step=dataclasses.replace(slot.step, number=step))
 
 
 def layers_of(
@@ -76,12 +80,12 @@ def layers_of(
     """
     layers = []
     for slot in slots:
-        candidates = compressor.candidates(slot.shape) if slot.compressed else ()
+        candidates = compressor.candidates(slot.parameter.shape) if slot.parameter.compressed else ()
         if candidates:
             own = own_rate(compressor, slot, step)
             near = {float(rate) for rate in given or candidates if own / reach <= rate <= own * reach}
             rates = tuple(sorted(near | {own, *map(float, extra)}))
-            layers.append(Layer(slot.name, slot.index, slot.shape, rates, rates.index(own)))
+            layers.append(Layer(slot.name, slot.parameter.index, slot.parameter.shape, rates, rates.index(own)))
     return layers
 
 

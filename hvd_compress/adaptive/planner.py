@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..compressors import Compressor, Slot
-from ..compressors.base import flat32, max_abs
+from ..compressors.gradients import flat32, max_abs
 from ..engine import Engine, Ticket
 from ..memory import AGGREGATE, key, owner
-from ..requests import Allreduce, Broadcast, Exchange
+from ..requests import Allreduce, Broadcast, Exchange, Total
 from ..transports.base import Transport
 from ..transports.local import LocalTransport
 from ..wire import WireError
@@ -75,26 +75,26 @@ class Planner(Controller):
             self.link.samples.clear()
 
     def submitting(self, engine: Engine, slot: Slot, gradient: Tensor) -> None:
-        left = self.options.steps_to_decision(slot.step)
+        left = self.options.steps_to_decision(slot.step.number)
         if left == 0 and self._ticket is None:
-            self._ticket = engine.submit(len(self.slots), self._decide(slot.step))
+            self._ticket = engine.submit(len(self.slots), self._decide(slot.step.number))
         ahead = left or self.options.interval
         if ahead <= self.options.window and self.policy.needs_errors:
             self._accumulate(slot, gradient)
-        if self.link is not None and slot.size > 1 and (ahead == 1 or not self.link.samples):
+        if self.link is not None and slot.step.size > 1 and (ahead == 1 or not self.link.samples):
             self._measures = True
 
-    def received(self, slot: Slot, total: Tensor) -> None:
-        ahead = self.options.steps_to_decision(slot.step) or self.options.interval
-        if not (self.policy.needs_norms and slot.compressed) or ahead > (self.options.norm_window or ahead):
+    def received(self, slot: Slot, total: Total) -> None:
+        ahead = self.options.steps_to_decision(slot.step.number) or self.options.interval
+        if not (self.policy.needs_norms and slot.parameter.compressed) or ahead > (self.options.norm_window or ahead):
             return
         start = time.perf_counter()
-        values = flat32(total)
-        if (max_abs(values) if slot.bound is None else slot.bound) < math.inf:
+        values = flat32(total.values)
+        if (max_abs(values) if total.bound is None else total.bound) < math.inf:
             name = key(slot.name, AGGREGATE)
             if (sums := self.accumulated.get(name)) is None:
                 sums = self.accumulated[name] = values.new_zeros(values.numel() + 1)
-            sums[:-1].add_(values, alpha=1.0 / (slot.loss_scale or 1.0))
+            sums[:-1].add_(values, alpha=1.0 / (slot.step.loss_scale or 1.0))
             sums[-1] += 1
         self.seconds += time.perf_counter() - start
 
@@ -116,7 +116,7 @@ class Planner(Controller):
         if engine.collecting:
             engine.flush()
         start = time.perf_counter()
-        ticket = engine.submit(len(self.slots), link.measure(self.slots[0].rank))
+        ticket = engine.submit(len(self.slots), link.measure(self.slots[0].step.rank))
         engine.finish(ticket)
         self.sent_bytes += ticket.sent_bytes
         self.seconds += time.perf_counter() - start
@@ -138,8 +138,8 @@ class Planner(Controller):
         self._measures = False
 
     def most_held(self) -> int:
-        errors = self.policy.needs_errors and (self.options.errors_of == "all" or self.slots[0].rank == 0)
-        numels = [slot.shape.numel() for slot in self.slots if slot.compressed]
+        errors = self.policy.needs_errors and (self.options.errors_of == "all" or self.slots[0].step.rank == 0)
+        numels = [slot.parameter.numel for slot in self.slots if slot.parameter.compressed]
         sums = 4 * sum(errors * numel + self.policy.needs_norms * (numel + 1) for numel in numels)
         return sums + 16 * self.policy.needs_losses
 
@@ -164,12 +164,16 @@ class Planner(Controller):
         return layers_of(self.compressor, self.slots, step, reach=options.reach, given=options.rates or (), extra=extra)
 
     def _accumulate(self, slot: Slot, gradient: Tensor) -> None:
-        if not slot.compressed or gradient.is_sparse or (self.options.errors_of == "rank0" and slot.rank):
+        if (
+            not slot.parameter.compressed
+            or gradient.is_sparse
+            or (self.options.errors_of == "rank0" and slot.step.rank)
+        ):
             return
         start = time.perf_counter()
         values = flat32(gradient)
         if max_abs(values) < math.inf:
-            unscaled = 1.0 / (slot.loss_scale or 1.0)
+            unscaled = 1.0 / (slot.step.loss_scale or 1.0)
             self._add(slot.name, values, unscaled)
             if (residual := slot.memory.residuals.get(slot.name)) is not None:
                 self._add(slot.name, residual.to(values.device), unscaled)
@@ -197,7 +201,7 @@ class Planner(Controller):
         self._take_loss(*total[table.size :].tolist())
         norms = np.sqrt(sums[:, -1])
         plan = torch.zeros(1 + len(self.slots), dtype=torch.float64)
-        if self.slots[0].rank == 0:
+        if self.slots[0].step.rank == 0:
             errors = self._errors(layers, sums[:, :-1])
             plan = self._choose(step, Statistics(layers, errors, self._costs(layers), norms, self._norms, self._losses))
         self._norms = {layer.name: float(norm) for layer, norm in zip(layers, norms)}
@@ -230,8 +234,8 @@ class Planner(Controller):
             raise WireError(0, "the plan of rates", f"number {self.number + 1}", number)
         choices: dict[int, tuple[float, ...]] = {layer.index: layer.rates for layer in layers}
         for slot, rate in zip(self.slots, rates):
-            if rate not in choices.get(slot.index, (0.0,)):
-                raise WireError(0, slot.name, f"a rate of {choices.get(slot.index, 'none')}", rate)
+            if rate not in choices.get(slot.parameter.index, (0.0,)):
+                raise WireError(0, slot.name, f"a rate of {choices.get(slot.parameter.index, 'none')}", rate)
 
     def _table(self, layers: Sequence[Layer], present: Sequence[float]) -> np.ndarray:
         """This rank's share, float64 [layers, n + 1]: errors, and squared norms of what was received.
@@ -241,7 +245,7 @@ class Planner(Controller):
         """
         rates = [(rate,) for rate in present] if self._lasting else [layer.rates for layer in layers]
         errors = error_table(self.compressor, layers, self.accumulated if self.policy.needs_errors else {}, rates)
-        squares = [self._received_norm(layer) ** 2 if self.slots[0].rank == 0 else 0.0 for layer in layers]
+        squares = [self._received_norm(layer) ** 2 if self.slots[0].step.rank == 0 else 0.0 for layer in layers]
         return np.column_stack([errors, squares])
 
     def _received_norm(self, layer: Layer) -> float:

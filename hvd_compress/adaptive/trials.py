@@ -85,13 +85,13 @@ class Trials(Controller):
     # Steps
 
     def submitting(self, engine: Engine, slot: Slot, gradient: Tensor) -> None:
-        if slot.step == self._last:
+        if slot.step.number == self._last:
             return
         now = time.perf_counter()
-        if slot.step == self._last + 1 and self._last >= 0:
+        if slot.step.number == self._last + 1 and self._last >= 0:
             self._note(self._last, now - self._began)
-        self._began, self._last = now, slot.step
-        if not self._alone and self._place(slot.step) == self._length:
+        self._began, self._last = now, slot.step.number
+        if not self._alone and self._place(slot.step.number) == self._length:
             self._ticket = engine.submit(len(self.slots), self._decide())
 
     def finishing(self, engine: Engine) -> None:
@@ -151,7 +151,7 @@ class Trials(Controller):
         before, self.number = self._best, self.number + 1
         fastest = min(range(len(seconds)), key=seconds.__getitem__)
         self._best = fastest if seconds[fastest] <= (1 - self.margin) * seconds[0] else 0
-        if self.slots[0].rank == 0:
+        if self.slots[0].step.rank == 0:
             self._tell(seconds, first=self.number == 1, changed=self._best != before)
 
     def _tell(self, seconds: Sequence[float], *, first: bool, changed: bool) -> None:

@@ -45,7 +45,7 @@ def method(text: str) -> Maker:
     Raises ValueError for what is none.
 
     >>> import torch
-    >>> method("topk:density=0.001")([("weight", torch.zeros(100, 100))], topology="gather").topology
+    >>> method("topk:density=0.001")([("weight", torch.zeros(100, 100))], topology="gather").options.topology
     'gather'
     """
     name, values = split(text)

@@ -2,19 +2,9 @@
 
 from .adacomp import AdaCompCompressor
 from .alone import relative_error
-from .base import (
-    AUTO,
-    GATHER,
-    HIERARCHICAL,
-    SCATTER,
-    TOPOLOGIES,
-    Codec,
-    Compressor,
-    ScatterCodec,
-    Slot,
-    SummedCompressor,
-)
+from .base import Compressor, SummedCompressor
 from .bf16 import BF16Compressor
+from .codec import AUTO, GATHER, HIERARCHICAL, SCATTER, TOPOLOGIES, Codec, ScatterCodec
 from .dgc import DGCCompressor
 from .fp16 import FP16Compressor
 from .masked import MaskedCompressor, MaskError, MaskSource
@@ -24,6 +14,7 @@ from .onebit import OneBitCompressor
 from .powersgd import PowerSGDCompressor
 from .qsgd import QSGDCompressor
 from .scalecom import ScaleComCompressor
+from .slot import Parameter, Slot, Step
 from .sparse import SparseGatherer
 from .stochastic_pruning import StochasticPruningCompressor
 from .terngrad import TernGradCompressor
@@ -48,12 +39,14 @@ __all__ = [
     "NoneCompressor",
     "OneBitCompressor",
     "OneOfCompressor",
+    "Parameter",
     "PowerSGDCompressor",
     "QSGDCompressor",
     "ScaleComCompressor",
     "ScatterCodec",
     "Slot",
     "SparseGatherer",
+    "Step",
     "StochasticPruningCompressor",
     "SummedCompressor",
     "TernGradCompressor",

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..schedules import Rate, describe
-from .base import Slot, SparsifyingCompressor, flat, max_abs, most_room
+from .codec import SparsifyingCompressor
+from .frames import most_room
+from .gradients import flat, max_abs
+from .slot import Slot
 
 _MAX_BIN_SIZE = 1 << 14  # the paper's 16-bit format: 14 bits of index, 2 of value
 _BIN_SIZES = (10, 20, 35, 50, 64, 100, 150, 200, 350, 500, 1000, 2000, 5000, 10_000, _MAX_BIN_SIZE)
@@ -46,14 +49,18 @@ class AdaCompCompressor(SparsifyingCompressor):
         return usual if self.bin_size is None else _size_at(self.bin_size, step)
 
     def rate_of(self, slot: Slot) -> int:
-        return self.bin_size_of(slot.shape, slot.step) if slot.rate is None else _size_at(slot.rate, slot.step)
+        return (
+            self.bin_size_of(slot.parameter.shape, slot.step.number)
+            if slot.rate is None
+            else _size_at(slot.rate, slot.step.number)
+        )
 
     def frame_held(self, slot: Slot) -> int:
-        return wire.frame_bytes(most_room(slot.shape.numel()))
+        return wire.frame_bytes(most_room(slot.parameter.numel))
 
     def encode(self, slot: Slot, gradient: Tensor, residual: Tensor | None, kept: Tensor, room: int) -> Tensor | int:
         """Payload: the scale, float32, then gap codes of 8 bits for bins of up to 64, else 16."""
-        payload, bin_size = slot.room(max(room, 0)), self.rate_of(slot)
+        payload, bin_size = slot.workspace.room(max(room, 0)), self.rate_of(slot)
         length = kernels.of(gradient).adacomp_encode(gradient, residual, kept, bin_size, payload)
         return int(length) if length < 0 else payload[:length]
 

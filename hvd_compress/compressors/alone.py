@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..memory import ErrorFeedback
-from ..requests import Allgather, Allreduce, Alltoall, Broadcast, Exchange, Request
-from .base import Compressor, Slot
+from ..requests import Allgather, Allreduce, Alltoall, Broadcast, Exchange, Request, Total
+from .base import Compressor
+from .slot import Slot
 
 
 def relative_error(compressor: Compressor, slot: Slot, gradient: Tensor) -> float:
@@ -21,35 +22,24 @@ def relative_error(compressor: Compressor, slot: Slot, gradient: Tensor) -> floa
     """
     memory = ErrorFeedback()
     memory.residuals = dict(slot.memory.residuals)
-    alone = dataclasses.replace(
-        slot,
-        rank=0,
-        size=1,
-        memory=memory,
-        cache=None,
-        frame=None,
-        payload=None,
-        out=None,
-        divisor=1.0,
-        divided=False,
-        bound=None,
-    )
+    step = dataclasses.replace(slot.step, rank=0, size=1, divisor=1.0)
+    alone = Slot(slot.parameter, step, memory, slot.rate)
     owed = compressor.owed(alone, gradient)
     total = _alone(compressor.exchange(alone, gradient))
     if total is None:
         return math.nan
     whole = float(torch.linalg.vector_norm(owed, dtype=torch.float64))
-    lost = float(torch.linalg.vector_norm(owed - total.view(-1), dtype=torch.float64))
+    lost = float(torch.linalg.vector_norm(owed - total.values.view(-1), dtype=torch.float64))
     return lost / whole if whole else 0.0
 
 
-def _alone(exchange: Exchange) -> Tensor | None:
+def _alone(exchange: Exchange) -> Total | None:
     answer: Any = None
     try:
         while True:
             answer = _answer(exchange.send(answer))
     except StopIteration as end:
-        total: Tensor | None = end.value
+        total: Total | None = end.value
         return total
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES
-from .base import Common, ScatterCodec, Slot, flat
+from .codec import Common, ScatterCodec
 from .footprint import Sent
+from .gradients import flat
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,14 @@ class BF16Compressor(ScatterCodec):
     alignment = 2
 
     def sent(self, slot: Slot) -> Sent:
-        return Sent(gathered=wire.frame_bytes(2 * slot.shape.numel()))
+        return Sent(gathered=wire.frame_bytes(2 * slot.parameter.numel))
 
     def held(self, slot: Slot) -> dict[str, int]:
-        return {FRAMES: wire.frame_bytes(2 * slot.shape.numel())}
+        return {FRAMES: wire.frame_bytes(2 * slot.parameter.numel)}
 
     def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         values = flat(gradient)
-        payload: Tensor | None = slot.room(2 * values.numel())
+        payload: Tensor | None = slot.workspace.room(2 * values.numel())
         if kernels.of(values).bfloat_encode(values, payload) == kernels.NOT_FINITE:
             payload = None
         return self.framed(slot, gradient, payload, rate=16.0)

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, key
-from ..requests import Allreduce, Exchange
+from ..requests import Allreduce, Exchange, Total
 from ..schedules import Rate, density_at, entries_of
-from .base import Common, Compressor, Slot, flat32, frame_room, max_abs, momentum_of
+from .base import Compressor
+from .codec import Common
 from .entries import EntriesCodec
 from .footprint import Sent
+from .frames import frame_room
+from .gradients import flat32, max_abs, momentum_of
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ class DGCCompressor(EntriesCodec):
             raise ValueError(f"weight_decay must not be negative: {self.weight_decay}")
 
     def wanted(self, slot: Slot) -> int:
-        return entries_of(self.density_of(slot), slot.shape.numel())
+        return entries_of(self.density_of(slot), slot.parameter.numel)
 
     def grouped(self, slot: Slot) -> bool:
-        return slot.compressed and saves(slot.shape.numel(), entries_of(self.density_of(slot), slot.shape.numel()))
+        return slot.parameter.compressed and saves(
+            slot.parameter.numel, entries_of(self.density_of(slot), slot.parameter.numel)
+        )
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         if self.grouped(slot):
@@ -80,7 +86,7 @@ class DGCCompressor(EntriesCodec):
         if max_abs(total) == math.inf:
             return None
         self._propose(slot, velocity, torch.zeros_like(step))
-        return total
+        return Total(total)
 
     def switched_off(self, plain: Compressor) -> Compressor:
         """The momentum stays, which the optimizer does not have."""
@@ -90,8 +96,11 @@ class DGCCompressor(EntriesCodec):
         density = self.density_of(slot)
         k = entries_of(density, gradient.numel())
         velocity, step = self._stepped(slot, gradient)
-        payload: Tensor | None = slot.room(kernels.sparse_bytes(step.numel(), k))
-        kept, residual = slot.memory.room(slot.name, step), slot.memory.residual(slot.name, step.device)
+        payload: Tensor | None = slot.workspace.room(kernels.sparse_bytes(step.numel(), k))
+        kept, residual = (
+            slot.memory.room(slot.name, step),
+            slot.memory.residual(slot.name, step.device),
+        )
         kernel = kernels.of(step)
         if kernel.topk_encode(step, residual, kept, k, payload) == kernels.NOT_FINITE:
             payload = None
@@ -107,21 +116,21 @@ class DGCCompressor(EntriesCodec):
         return True
 
     def sent(self, slot: Slot) -> Sent:
-        payload = self.entry_bytes(slot.shape.numel(), self.wanted(slot)) if self.grouped(slot) else 0
-        return Sent(gathered=wire.frame_bytes(payload)) if payload else Sent(reduced=4 * slot.shape.numel())
+        payload = self.entry_bytes(slot.parameter.numel, self.wanted(slot)) if self.grouped(slot) else 0
+        return Sent(gathered=wire.frame_bytes(payload)) if payload else Sent(reduced=4 * slot.parameter.numel)
 
     def held(self, slot: Slot) -> dict[str, int]:
-        residual = 4 * slot.shape.numel()
+        residual = 4 * slot.parameter.numel
         momentum = residual if self.momentum else 0
-        entries = kernels.sparse_bytes(slot.shape.numel(), self.wanted(slot)) if self.grouped(slot) else 0
+        entries = kernels.sparse_bytes(slot.parameter.numel, self.wanted(slot)) if self.grouped(slot) else 0
         frames = frame_room(entries)
         return {RESIDUALS: residual, MOMENTUM: momentum, SPARE: residual + momentum, FRAMES: frames}
 
     def density_of(self, slot: Slot) -> float:
-        return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+        return density_at(self.density if slot.rate is None else slot.rate, slot.step.number)
 
     def rate_of(self, slot: Slot) -> float | None:
-        return self.density_of(slot) if slot.compressed else None
+        return self.density_of(slot) if slot.parameter.compressed else None
 
     def owed(self, slot: Slot, gradient: Tensor) -> Tensor:
         _, step = self.momentum_of(slot, self.prepare(slot, flat32(gradient)))
@@ -129,14 +138,16 @@ class DGCCompressor(EntriesCodec):
 
     def prepare(self, slot: Slot, gradient: Tensor) -> Tensor:
         """`gradient`, float32 [numel], clipped, with the decay of the weights; both in units of the scaled loss."""
-        loss_scale = slot.loss_scale or 1.0
+        loss_scale = slot.step.loss_scale or 1.0
         if self.clip is not None:
-            limit = self.clip * loss_scale * math.sqrt(slot.size)
+            limit = self.clip * loss_scale * math.sqrt(slot.step.size)
             norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
             gradient = gradient * (limit / norm) if norm > limit else gradient
         if self.weight_decay:
-            assert slot.parameter is not None
-            gradient = gradient.add(flat32(slot.parameter).to(gradient.device), alpha=self.weight_decay * loss_scale)
+            assert slot.parameter.tensor is not None
+            gradient = gradient.add(
+                flat32(slot.parameter.tensor).to(gradient.device), alpha=self.weight_decay * loss_scale
+            )
         return gradient
 
     def momentum_of(self, slot: Slot, gradient: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import CUT, RESIDUALS, SPARE, THRESHOLDS, added, key, owned_key
-from .base import Common, ScatterCodec, Slot, decode_dense
+from .codec import Common, ScatterCodec
+from .frames import decode_dense
+from .slot import Slot
 
 _MEASURED_EVERY = 64  # steps; in between the threshold is steered by how many entries there were
 _FEW, _MANY = 4 / 5, 5 / 4  # of the wanted entries, beyond which the threshold changes
@@ -107,7 +109,7 @@ class EntriesCodec(ScatterCodec):
         return self._rounded(payload[:encoded], numel, kept)
 
     def held_scattered(self, slot: Slot) -> dict[str, int]:
-        owed = 4 * slot.shape.numel() // slot.size
+        owed = 4 * slot.parameter.numel // slot.step.size
         return added([self.held(slot), {RESIDUALS: owed, THRESHOLDS: 4, SPARE: owed}])
 
     def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
@@ -150,13 +152,13 @@ class EntriesCodec(ScatterCodec):
 
     def _wanted_of(self, slot: Slot, numel: int) -> int:
         """Of a piece of so many elements."""
-        return min(math.ceil(self.wanted(slot) * numel / slot.shape.numel()), numel)
+        return min(math.ceil(self.wanted(slot) * numel / slot.parameter.numel), numel)
 
 
 def _threshold(slot: Slot) -> float | None:
     """From what magnitude on owners send; None where they send their largest, so that it can be measured."""
     known = slot.memory.residuals.get(key(slot.name, CUT))
-    threshold = 0.0 if known is None or slot.step % _MEASURED_EVERY == 0 else float(known)
+    threshold = 0.0 if known is None or slot.step.number % _MEASURED_EVERY == 0 else float(known)
     return threshold or None
 
 

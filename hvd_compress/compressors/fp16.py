@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Slot, SummedCompressor, narrowed
+from .base import SummedCompressor
 from .footprint import Sent
+from .gradients import narrowed
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class FP16Compressor(SummedCompressor):
     algorithm = 1
 
     def sent(self, slot: Slot) -> Sent:
-        return Sent(reduced=2 * slot.shape.numel())
+        return Sent(reduced=2 * slot.parameter.numel)
 
     def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
         return narrowed(gradient, size).to(torch.float16) if gradient.is_floating_point() else gradient

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from .. import wire
 from ..memory import POSITIONS
-from ..requests import Allgather, Allreduce, Exchange
-from .base import Compressor, Slot, SummedCompressor, flat32, max_abs, narrowed, unpack, widened
+from ..requests import Allgather, Allreduce, Exchange, Total
+from .base import Compressor, SummedCompressor
 from .footprint import Sent
+from .frames import unpack
+from .gradients import flat32, max_abs, narrowed, widened
+from .slot import Slot
 
 _MASK = "the mask of "
 
@@ -87,9 +90,9 @@ class MaskedCompressor(Compressor):
         return {"masks": type(self.masks).__name__, "dense": type(self.dense).__name__} | of_dense
 
     def chosen(self, slot: Slot) -> Compressor | None:
-        known = self._known(slot, slot.step)
+        known = self._known(slot, slot.step.number)
         usual = known.kept or self.dense.chosen(slot)
-        return _Compared(known, usual) if known.step == slot.step else usual
+        return _Compared(known, usual) if known.step == slot.step.number else usual
 
     @property
     def _source(self) -> MaskSource:
@@ -120,7 +123,7 @@ class MaskedCompressor(Compressor):
         if (mask := self._mask_of(slot)) is not None:
             return Sent(reduced=4 * max(int(mask.count_nonzero()), 1))
         usual = self.dense.chosen(slot)
-        return usual.sent(slot) if usual else Sent(reduced=4 * slot.shape.numel())
+        return usual.sent(slot) if usual else Sent(reduced=4 * slot.parameter.numel)
 
     def held(self, slot: Slot) -> dict[str, int]:
         if (mask := self._mask_of(slot)) is not None:
@@ -163,9 +166,9 @@ class KeptCompressor(SummedCompressor):
         return dense.index_copy_(0, self.positions.to(total.device), total.to(dtype)).view(shape)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        total: Tensor = yield Allreduce(self.summand(gradient, slot.size), last=True)
+        total: Tensor = yield Allreduce(self.summand(gradient, slot.step.size), last=True)
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        return self.restore(total, gradient.shape, dtype, slot.size).view(-1)
+        return Total(self.restore(total, gradient.shape, dtype, slot.step.size).view(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +192,7 @@ class _Compared(Compressor):
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         payload = torch.frombuffer(bytearray(digest(self.known.mask)), dtype=torch.uint8)
-        sent = wire.Frame(11, gradient.dtype, slot.rank, slot.index, 0.0, gradient.numel(), payload)
+        sent = wire.Frame(11, gradient.dtype, slot.step.rank, slot.parameter.index, 0.0, gradient.numel(), payload)
         answers: list[Tensor] = yield Allgather(wire.pack(sent))
         compare(slot, [frame.payload.numpy().tobytes() for frame in unpack(sent, answers, slot)])
         if self.known.kept:
@@ -197,7 +200,7 @@ class _Compared(Compressor):
         if self.usual:
             return (yield from self.usual.exchange(slot, gradient))
         total: Tensor = yield Allreduce(gradient if gradient.dtype == torch.float64 else flat32(gradient), last=True)
-        return total.view(-1)
+        return Total(total.view(-1))
 
     def rate_of(self, slot: Slot) -> float | None:
         return self.usual.rate_of(slot) if self.usual else None
@@ -213,13 +216,14 @@ class _Compared(Compressor):
             return None
         if slot.name in slot.memory.residuals:
             slot.memory.propose(slot.name, torch.zeros(gradient.numel(), device=gradient.device))
-        return kept.restore(total, gradient.shape, torch.float32).view(-1)
+        return Total(kept.restore(total, gradient.shape, torch.float32).view(-1))
 
 
 def _kept(mask: Tensor, slot: Slot) -> KeptCompressor:
-    if mask.dtype != torch.bool or mask.shape != slot.shape:
+    if mask.dtype != torch.bool or mask.shape != slot.parameter.shape:
         raise ValueError(
-            f"the mask of {slot.name!r} must be bool of shape {tuple(slot.shape)}: {mask.dtype} {tuple(mask.shape)}"
+            f"the mask of {slot.name!r} must be bool of shape {tuple(slot.parameter.shape)}: {mask.dtype} "
+            f"{tuple(mask.shape)}"
         )
     return KeptCompressor(torch.nonzero(mask.reshape(-1)).view(-1))
 
@@ -233,4 +237,4 @@ def compare(slot: Slot, digests: list[bytes]) -> None:
     """Raise MaskError if the ranks' digests differ; it names those that are not like most, or not like rank 0."""
     (usual, _), *others = collections.Counter(digests).most_common()
     if others:
-        raise MaskError(slot.name, [rank for rank, mine in enumerate(digests) if mine != usual], slot.size)
+        raise MaskError(slot.name, [rank for rank, mine in enumerate(digests) if mine != usual], slot.step.size)

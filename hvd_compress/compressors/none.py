@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Slot, SummedCompressor, narrowed
+from .base import SummedCompressor
 from .footprint import Sent
+from .gradients import narrowed
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class NoneCompressor(SummedCompressor):
     algorithm = 0
 
     def sent(self, slot: Slot) -> Sent:
-        return Sent(reduced=4 * slot.shape.numel())
+        return Sent(reduced=4 * slot.parameter.numel)
 
     def summand(self, gradient: Tensor, size: int = 1) -> Tensor:
         if gradient.dtype == torch.float16:

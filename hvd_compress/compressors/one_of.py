@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..requests import Exchange
-from .base import Compressor, Slot
+from .base import Compressor
+from .slot import Slot
 
 
 class Choice:

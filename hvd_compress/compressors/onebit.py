@@ -16,9 +16,12 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES, MOMENTUM, RESIDUALS, SPARE, added, key, owned_key
-from ..requests import Allreduce, Exchange
-from .base import Common, ScatterCodec, Slot, flat, flat32, frame_room, max_abs, momentum_of
+from ..requests import Allreduce, Exchange, Total
+from .codec import Common, ScatterCodec
 from .footprint import Sent
+from .frames import frame_room
+from .gradients import flat, flat32, max_abs, momentum_of
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class OneBitCompressor(ScatterCodec):
             raise ValueError(f"bucket_size must be a positive multiple of {block}: {self.bucket_size!r}")
 
     def grouped(self, slot: Slot) -> bool:
-        return slot.step >= self.warmup_steps and self._saves(slot)
+        return slot.step.number >= self.warmup_steps and self._saves(slot)
 
     @property
     def keeps_momentum(self) -> bool:
@@ -74,11 +77,11 @@ class OneBitCompressor(ScatterCodec):
             return None
         if self._saves(slot):
             self._stepped(slot, gradient)
-        return total
+        return Total(total)
 
     def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         values, residual, kept = self._accumulating(slot, gradient)
-        payload = self._encoded(values, residual, kept, slot.room(self._whole_bytes(slot)))
+        payload = self._encoded(values, residual, kept, slot.workspace.room(self._whole_bytes(slot)))
         return self.framed(slot, gradient, payload, rate=1.0)
 
     def cut(
@@ -141,27 +144,27 @@ class OneBitCompressor(ScatterCodec):
 
     def _whole_bytes(self, slot: Slot) -> int:
         """Of the payload of a gradient that is not cut."""
-        return self.piece_bytes(slot, slot.shape.numel(), back=False)
+        return self.piece_bytes(slot, slot.parameter.numel, back=False)
 
     def _saves(self, slot: Slot) -> bool:
-        return wire.frame_bytes(self._whole_bytes(slot)) < 4 * slot.shape.numel()
+        return wire.frame_bytes(self._whole_bytes(slot)) < 4 * slot.parameter.numel
 
     def sent(self, slot: Slot) -> Sent:
         if not self.grouped(slot):
-            return Sent(reduced=4 * slot.shape.numel())
+            return Sent(reduced=4 * slot.parameter.numel)
         return Sent(gathered=wire.frame_bytes(self._whole_bytes(slot)))
 
     def held(self, slot: Slot) -> dict[str, int]:
         """As after the warm-up."""
         if not self._saves(slot):
             return {}
-        residual = 4 * slot.shape.numel()
+        residual = 4 * slot.parameter.numel
         momentum = residual if self.momentum else 0
         frames = frame_room(self._whole_bytes(slot))
         return {RESIDUALS: residual, MOMENTUM: momentum, SPARE: residual + momentum, FRAMES: frames}
 
     def held_scattered(self, slot: Slot) -> dict[str, int]:
-        owed = 4 * slot.shape.numel() // slot.size
+        owed = 4 * slot.parameter.numel // slot.step.size
         return added([self.held(slot), {RESIDUALS: owed, SPARE: owed}])
 
     def rate_of(self, slot: Slot) -> float | None:

@@ -16,10 +16,12 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.random import RANDOM_BITS
 from ..memory import FACTOR, FACTORS, RESIDUALS, SPARE, key
-from ..requests import Allreduce, Exchange
+from ..requests import Allreduce, Exchange, Total
 from ..schedules import Rate, value_at
-from .base import Compressor, Slot, flat, flat32, max_abs
+from .base import Compressor
 from .footprint import Sent
+from .gradients import flat, flat32, max_abs
+from .slot import Slot
 
 _MIN_RATIO = 2  # of dense bytes to sent ones: what saves less travels as it is
 _LARGEST = 2.0**125  # so that twice a norm is finite in float32
@@ -49,14 +51,14 @@ class PowerSGDCompressor(Compressor):
 
     def rate_of(self, slot: Slot) -> float:
         """The approximation rank of this step, before it is cut to the rows or columns."""
-        return value_at(self.approximation_rank if slot.rate is None else slot.rate, slot.step)
+        return value_at(self.approximation_rank if slot.rate is None else slot.rate, slot.step.number)
 
     def sent(self, slot: Slot) -> Sent:
-        return Sent(reduced=self.payload_bytes(slot.shape, self.rate_of(slot)))
+        return Sent(reduced=self.payload_bytes(slot.parameter.shape, self.rate_of(slot)))
 
     def held(self, slot: Slot) -> dict[str, int]:
-        residual = 4 * slot.shape.numel()
-        factor = 4 * rank_of(slot.shape, self.rate_of(slot)) * matrix_shape(slot.shape)[1]
+        residual = 4 * slot.parameter.numel
+        factor = 4 * rank_of(slot.parameter.shape, self.rate_of(slot)) * matrix_shape(slot.parameter.shape)[1]
         return {RESIDUALS: residual, FACTORS: factor, SPARE: residual + factor}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
@@ -65,7 +67,10 @@ class PowerSGDCompressor(Compressor):
             return (yield from _as_it_is(slot, gradient))
         values, (rows, columns) = flat(gradient), matrix_shape(gradient.shape)
         kernel = kernels.of(values)
-        kept, residual = slot.memory.room(slot.name, values), slot.memory.residual(slot.name, values.device)
+        kept, residual = (
+            slot.memory.room(slot.name, values),
+            slot.memory.residual(slot.name, values.device),
+        )
         left = kept.new_empty(rows, rank)
         start = starting_factor(slot, columns, rank).t().to(kept.device)
         largest = kernel.project(values, residual, kept, start, left)
@@ -80,12 +85,11 @@ class PowerSGDCompressor(Compressor):
         factor: Tensor = yield Allreduce(mine, last=True)
         if max_abs(factor) == math.inf:
             return None
-        out = torch.empty_like(kept) if slot.out is None else slot.out
-        slot.bound = kernel.rebuild(kept, left, mine, factor.contiguous(), slot.divisor, out)
-        slot.divided = True
+        out, divisor = slot.room_for_sum(kept), slot.step.divisor
+        bound = kernel.rebuild(kept, left, mine, factor.contiguous(), divisor, out)
         slot.memory.propose(slot.name, kept)
         slot.memory.propose(key(slot.name, FACTOR), factor.t().contiguous())
-        return out
+        return Total(out, divisor, bound)
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:
         """The ranks that a controller may choose from for a gradient of `shape`: powers of two; none if none saves."""
@@ -118,7 +122,7 @@ def _as_it_is(slot: Slot, gradient: Tensor) -> Exchange:
     if max_abs(total) == math.inf:
         return None
     slot.memory.propose(slot.name, torch.zeros_like(accumulated))
-    return total
+    return Total(total)
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -147,7 +151,9 @@ def starting_factor(slot: Slot, columns: int, rank: int) -> Tensor:
     largest = start.abs().amax(1)
     for column, top in enumerate(largest.tolist()):
         if top == 0:
-            start[column] = random_direction(columns, kernels.stream_key(slot.seed, slot.index, column))
+            start[column] = random_direction(
+                columns, kernels.stream_key(slot.parameter.seed, slot.parameter.index, column)
+            )
             largest[column] = 1
     return start.div_(largest.unsqueeze(1)).div_(math.sqrt(columns)).t()
 

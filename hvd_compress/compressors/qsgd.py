@@ -13,8 +13,11 @@ from .. import kernels, wire
 from ..kernels.quantise import levels_of
 from ..memory import FRAMES
 from ..schedules import Rate, describe
-from .base import Common, ScatterCodec, Slot, dense_room, encode_dense, flat, flat32, frame_room, max_abs
+from .codec import Common, ScatterCodec
 from .footprint import Sent
+from .frames import dense_room, encode_dense, frame_room
+from .gradients import flat, flat32, max_abs
+from .slot import Slot
 
 _NORMS = ("max", "l2")
 _MOST_BITS = 8
@@ -46,13 +49,13 @@ class QSGDCompressor(ScatterCodec):
 
     def rate_of(self, slot: Slot) -> int:
         """The bits of this step."""
-        return _bits_at(self.bits if slot.rate is None else slot.rate, slot.step)
+        return _bits_at(self.bits if slot.rate is None else slot.rate, slot.step.number)
 
     def sent(self, slot: Slot) -> Sent:
-        return Sent(gathered=self.payload_bytes(slot.shape, self.rate_of(slot)))
+        return Sent(gathered=self.payload_bytes(slot.parameter.shape, self.rate_of(slot)))
 
     def held(self, slot: Slot) -> dict[str, int]:
-        numel, bits = slot.shape.numel(), self.rate_of(slot)
+        numel, bits = slot.parameter.numel, self.rate_of(slot)
         saves = self._saves(numel, bits)
         return {FRAMES: frame_room(kernels.quantised_bytes(numel, bits, self.bucket_size)) if saves else 0}
 
@@ -62,8 +65,8 @@ class QSGDCompressor(ScatterCodec):
         length = kernels.quantised_bytes(values.numel(), bits, self.bucket_size)
         payload: Tensor | None
         if length <= dense_room(gradient):
-            payload = slot.room(length)
-            key = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+            payload = slot.workspace.room(length)
+            key = slot.random_key()
             length = kernel.quantise_encode(values, bits, self.bucket_size, self.norm == "l2", key, payload)
             finite = length != kernels.NOT_FINITE
         else:
@@ -81,20 +84,20 @@ class QSGDCompressor(ScatterCodec):
     def cut(
         self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None
     ) -> list[Tensor | None]:
-        values, key = flat(gradient), kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+        values, key = flat(gradient), slot.random_key()
         bits = self.rate_of(slot)
         return [self._encoded(values[start:stop], bits, kernels.key_at(key, start)) for start, stop in cuts]
 
     def moves_less(self, slot: Slot) -> bool:
         bits = self.rate_of(slot)
-        return bits + _MOST_BITS < bits * slot.size
+        return bits + _MOST_BITS < bits * slot.step.size
 
     def piece_bytes(self, slot: Slot, numel: int, *, back: bool) -> int:
         return kernels.quantised_bytes(numel, _MOST_BITS if back else self.rate_of(slot), self.bucket_size)
 
     def give_back(self, slot: Slot, total: Tensor, start: int, common: Common | None) -> Tensor | None:
         """With the most bits, rounded at random once more: unbiased, too."""
-        key = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank, _SECOND_ROUNDING)
+        key = slot.random_key(_SECOND_ROUNDING)
         return self._encoded(total, _MOST_BITS, kernels.key_at(key, start))
 
     def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:

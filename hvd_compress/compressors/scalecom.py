@@ -14,11 +14,13 @@ from torch import Tensor
 
 from .. import kernels
 from ..memory import RESIDUALS, SPARE
-from ..requests import Allreduce, Broadcast, Exchange
+from ..requests import Allreduce, Broadcast, Exchange, Total
 from ..schedules import Rate, density_at, entries_of
 from ..wire import WireError
-from .base import Compressor, Slot, flat, flat32, max_abs
+from .base import Compressor
 from .footprint import Sent
+from .gradients import flat, flat32, max_abs
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,24 @@ class ScaleComCompressor(Compressor):
             raise ValueError(f"chunk must be a whole number of elements, or None for no chunks: {self.chunk!r}")
 
     def sent(self, slot: Slot) -> Sent:
-        numel = slot.shape.numel()
+        numel = slot.parameter.numel
         k = self.entries(slot, numel)
         if not saves(numel, k):
             return Sent(reduced=4 * numel)
         return Sent(reduced=4 * (k + 1), broadcast=_index_type(numel).itemsize * k)
 
     def held(self, slot: Slot) -> dict[str, int]:
-        return {RESIDUALS: 4 * slot.shape.numel(), SPARE: 4 * slot.shape.numel()}
+        return {RESIDUALS: 4 * slot.parameter.numel, SPARE: 4 * slot.parameter.numel}
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         numel = gradient.numel()
         k = self.entries(slot, numel)
         if not saves(numel, k):
             return (yield from _as_it_is(self, slot, gradient))
-        leader = slot.step % slot.size
+        leader = slot.step.number % slot.step.size
         values, accumulated = flat(gradient), slot.memory.room(slot.name, gradient)
         residual = slot.memory.residual(slot.name, accumulated.device)
-        picked = self._pick(values, residual, accumulated, k, leads=slot.rank == leader)
+        picked = self._pick(values, residual, accumulated, k, leads=slot.step.rank == leader)
         finite = picked is not None
         picks = torch.arange(k) if picked is None else picked
         positions: Tensor = yield Broadcast(picks.to(accumulated.device, _index_type(numel)), leader)
@@ -76,25 +78,25 @@ class ScaleComCompressor(Compressor):
             positions = torch.arange(k, device=accumulated.device)
         # How many ranks have what is not finite, which need not be at these positions, and, past the number of ranks,
         # how many got no positions: so all ranks learn of both.
-        flag = accumulated.new_tensor([(not finite) + (not sound) * (slot.size + 1.0)])
+        flag = accumulated.new_tensor([(not finite) + (not sound) * (slot.step.size + 1.0)])
         summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]), last=True)
         summed, flags = summed[:-1], float(summed[-1])
-        if flags > slot.size:
+        if flags > slot.step.size:
             found = "others on this rank" if not sound else "others on another rank"
             raise WireError(leader, slot.name, f"{k} ascending positions below {numel}", found)
         if flags or (largest := max_abs(summed)) == math.inf:
             return None
         accumulated[positions] = 0
         slot.memory.propose(slot.name, self._filtered(residual, accumulated))
-        total = torch.empty_like(accumulated) if slot.out is None else slot.out
-        slot.divided, slot.bound = True, largest
-        return total.zero_().index_copy_(0, positions, summed / slot.divisor)
+        divisor = slot.step.divisor
+        values = slot.room_for_sum(accumulated).zero_().index_copy_(0, positions, summed / divisor)
+        return Total(values, divisor, largest)
 
     def rate_of(self, slot: Slot) -> float:
         """The density of this step."""
         if self.chunk is not None:
             return 1 / self.chunk
-        return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+        return density_at(self.density if slot.rate is None else slot.rate, slot.step.number)
 
     def entries(self, slot: Slot, numel: int) -> int:
         """How many entries are sent: the same on every rank."""
@@ -134,7 +136,7 @@ def _as_it_is(compressor: ScaleComCompressor, slot: Slot, gradient: Tensor) -> E
         return None
     residual = slot.memory.residual(slot.name, accumulated.device)
     slot.memory.propose(slot.name, compressor._filtered(residual, torch.zeros_like(accumulated)))
-    return total
+    return Total(total)
 
 
 def are_positions(positions: Tensor, k: int, numel: int) -> bool:

@@ -17,8 +17,11 @@ from torch import Tensor
 from .. import kernels, wire
 from ..memory import FRAMES, SPARE, THRESHOLD, THRESHOLDS, key
 from ..schedules import Rate, value_at
-from .base import Codec, Common, Slot, dense_room, encode_dense, flat, flat32, most_room
+from .codec import Codec, Common
 from .footprint import Sent
+from .frames import dense_room, encode_dense, most_room
+from .gradients import flat, flat32
+from .slot import Slot
 
 _NORMAL = statistics.NormalDist()
 _FURTHEST = 8.0  # that the calibration goes from the threshold of a normal distribution
@@ -54,17 +57,17 @@ class StochasticPruningCompressor(Codec):
 
     def sent(self, slot: Slot) -> Sent:
         """About: so many elements are below the threshold once it is calibrated."""
-        numel = slot.shape.numel()
+        numel = slot.parameter.numel
         payload = 4 + kernels.ternary_bytes(numel) + 4 * round((1 - self.rate_of(slot)) * numel)
         return Sent(gathered=wire.frame_bytes(payload if payload <= most_room(numel) else 4 * numel))
 
     def held(self, slot: Slot) -> dict[str, int]:
-        numel = slot.shape.numel()
+        numel = slot.parameter.numel
         threshold = 4 if 4 + kernels.ternary_bytes(numel) <= most_room(numel) else 0
         return {THRESHOLDS: threshold, SPARE: threshold, FRAMES: wire.frame_bytes(most_room(numel))}
 
     def rate_of(self, slot: Slot) -> float:
-        return self.rate_at(slot.step)
+        return self.rate_at(slot.step.number)
 
     def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
         values, rate = flat(gradient), self.rate_of(slot)
@@ -74,8 +77,8 @@ class StochasticPruningCompressor(Codec):
         if largest < math.inf:
             calibration = _calibration(slot)
             threshold = min(calibration * normal_threshold(mean, rate), largest)
-            payload = slot.room(max(dense_room(gradient), 0))
-            stream = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+            payload = slot.workspace.room(max(dense_room(gradient), 0))
+            stream = slot.random_key()
             length = kernel.prune_encode(values, wire.rounded(threshold), stream, payload)
             if length == kernels.TOO_LARGE:
                 payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE

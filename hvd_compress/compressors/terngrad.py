@@ -12,8 +12,11 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..memory import FRAMES
-from .base import Common, ScatterCodec, Slot, dense_room, encode_dense, flat, flat32, frame_room, most_room
+from .codec import Common, ScatterCodec
 from .footprint import Sent
+from .frames import dense_room, encode_dense, frame_room, most_room
+from .gradients import flat, flat32
+from .slot import Slot
 
 _SCALER = struct.Struct("<f")
 _ONE = torch.tensor([1.0]).view(torch.uint8)
@@ -40,12 +43,12 @@ class TernGradCompressor(ScatterCodec):
             raise ValueError(f"clip_sigma must be positive, or None for no clipping: {self.clip_sigma}")
 
     def sent(self, slot: Slot) -> Sent:
-        numel = slot.shape.numel()
+        numel = slot.parameter.numel
         frame = wire.frame_bytes(_payload_bytes(numel) or 4 * numel)
         return Sent(gathered=frame, reduced=4 * self.share_scaler)
 
     def held(self, slot: Slot) -> dict[str, int]:
-        return {FRAMES: frame_room(_payload_bytes(slot.shape.numel()))}
+        return {FRAMES: frame_room(_payload_bytes(slot.parameter.numel))}
 
     def common(self, slot: Slot, gradient: Tensor) -> float | None:
         return clipping_bound(flat(gradient), self.clip_sigma) if self.share_scaler else None
@@ -57,8 +60,8 @@ class TernGradCompressor(ScatterCodec):
         if scaler < math.inf:
             length = 4 + kernels.ternary_bytes(values.numel())
             if length <= dense_room(gradient):
-                payload = slot.room(length)
-                key = kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+                payload = slot.workspace.room(length)
+                key = slot.random_key()
                 kernels.of(values).ternary_encode(values, bound, scaler, key, payload)
             else:
                 payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
@@ -79,7 +82,7 @@ class TernGradCompressor(ScatterCodec):
         assert common is not None
         if common.largest == math.inf:
             return [None] * len(cuts)
-        values, key = flat(gradient), kernels.stream_key(slot.seed, slot.index, slot.step, slot.rank)
+        values, key = flat(gradient), slot.random_key()
         payloads: list[Tensor | None] = []
         for start, stop in cuts:
             payload = torch.empty(self.piece_bytes(slot, stop - start, back=False), dtype=torch.uint8)
@@ -90,17 +93,17 @@ class TernGradCompressor(ScatterCodec):
         return payloads
 
     def piece_bytes(self, slot: Slot, numel: int, *, back: bool) -> int:
-        return kernels.count_bytes(numel, slot.size) if back else _SCALER.size + kernels.ternary_bytes(numel)
+        return kernels.count_bytes(numel, slot.step.size) if back else _SCALER.size + kernels.ternary_bytes(numel)
 
     def give_back(self, slot: Slot, total: Tensor, start: int, common: Common | None) -> Tensor | None:
         """Exact: one of 2 * size + 1 numbers."""
         payload = torch.empty(self.piece_bytes(slot, total.numel(), back=True), dtype=torch.uint8)
-        kernels.of(total).counts_encode(total, slot.size, payload)
+        kernels.of(total).counts_encode(total, slot.step.size, payload)
         return payload
 
     def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
         assert common is not None
-        return float(kernels.of(out).counts_decode(payload, slot.size, common.largest, divisor, out))
+        return float(kernels.of(out).counts_decode(payload, slot.step.size, common.largest, divisor, out))
 
 
 def clipping_bound(values: Tensor, clip_sigma: float | None) -> float:

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from .. import kernels, wire
 from ..schedules import Rate, density_at, entries_of
-from .base import Common, Slot, SparsifyingCompressor, flat32, frame_room, max_abs
+from .codec import Common, SparsifyingCompressor
 from .entries import EntriesCodec
+from .frames import frame_room
+from .gradients import flat32, max_abs
+from .slot import Slot
 
 _DENSITIES = tuple(2.0 ** (-quarter / 4) for quarter in range(53))  # 1 to 1/8192
 _BIN_BITS = 16  # of a magnitude's float32 that are left out in the histogram: bins of 1/128 relative width
@@ -42,13 +45,13 @@ class TopKCompressor(EntriesCodec, SparsifyingCompressor):
         self.check_value_bits()
 
     def rate_of(self, slot: Slot) -> float:
-        return density_at(self.density if slot.rate is None else slot.rate, slot.step)
+        return density_at(self.density if slot.rate is None else slot.rate, slot.step.number)
 
     def wanted(self, slot: Slot) -> int:
-        return entries_of(self.rate_of(slot), slot.shape.numel())
+        return entries_of(self.rate_of(slot), slot.parameter.numel)
 
     def frame_held(self, slot: Slot) -> int:
-        numel = slot.shape.numel()
+        numel = slot.parameter.numel
         k = entries_of(self.rate_of(slot), numel)
         return frame_room(kernels.sparse_bytes(numel, k) if _saves(numel, k) else 0)
 
@@ -58,7 +61,7 @@ class TopKCompressor(EntriesCodec, SparsifyingCompressor):
         if length > room:
             finite = kernel.accumulate(gradient, residual, kept) < math.inf
             return kernels.TOO_LARGE if finite else kernels.NOT_FINITE
-        payload = slot.room(length)
+        payload = slot.workspace.room(length)
         failed = kernel.topk_encode(gradient, residual, kept, k, payload) == kernels.NOT_FINITE
         return kernels.NOT_FINITE if failed else payload
 

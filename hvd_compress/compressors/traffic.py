@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ..log import warn_once
-from .base import AUTO, HIERARCHICAL, Compressor, ScatterCodec, Slot
+from .base import Compressor
+from .codec import AUTO, HIERARCHICAL, ScatterCodec
 from .footprint import Sent
+from .slot import Parameter, Slot, Step
 
 _FRAMING = 1.005  # a frame's header makes no difference
 
@@ -23,16 +25,16 @@ def traffic(
 
     Exact but for what depends on the values of gradients; NaN where a compressor cannot tell.
     """
-    slots = [Slot("", index, shape, size=size) for index, shape in enumerate(shapes)]
+    slots = [Slot(Parameter("", index, shape), Step(size=size)) for index, shape in enumerate(shapes)]
     sent = [_sent(compressor, slot, topology) for slot in slots]
     dense = sum(Sent(reduced=4 * shape.numel()).received(size) for shape in shapes)
     return sum(math.nan if of_one is None else of_one.received(size) for of_one in sent), dense
 
 
 def _sent(compressor: Compressor, slot: Slot, topology: str) -> Sent | None:
-    if not (isinstance(compressor, ScatterCodec) and slot.size > 1 and compressor.scatters(slot, topology)):
+    if not (isinstance(compressor, ScatterCodec) and slot.step.size > 1 and compressor.scatters(slot, topology)):
         return compressor.sent(slot)
-    numel = slot.shape.numel()
+    numel = slot.parameter.numel
     return Sent(scattered=sum(compressor.piece_bytes(slot, numel, back=back) for back in (False, True)))
 
 

@@ -79,7 +79,7 @@ _PROBE = [("weight", torch.zeros(64, 64))]
 
 def ways(make: Maker, cluster: Cluster) -> Iterator[tuple[str, dict[str, Any]]]:
     """The topologies that a method has, with the options that choose them. Raises ValueError for its own options."""
-    make(_PROBE).delist()
+    make(_PROBE).unregister()
     found = False
     for topology in _TOPOLOGIES:
         options: dict[str, Any] = {"topology": topology}
@@ -88,7 +88,7 @@ def ways(make: Maker, cluster: Cluster) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             options["ranks_per_node"] = cluster.ranks_per_node
         try:
-            make(_PROBE, **options).delist()
+            make(_PROBE, **options).unregister()
         except ValueError:  # which says that it does not have this one
             continue
         found = True

@@ -63,7 +63,7 @@ def measured(make: Make, named: Named, ranks: int, ranks_per_node: int = 1, *, s
     compressions = [make(sample) for _ in range(ranks)]
     first = compressions[0]
     held = make(named)
-    held.delist()
+    held.unregister()
     together = LocalRanks(compressions, readers=[0])
     assert first.attached is not None
     recorder = Recorder(first.attached, ranks_per_node)
@@ -87,7 +87,7 @@ def measured(make: Make, named: Named, ranks: int, ranks_per_node: int = 1, *, s
     return Work(
         parameters=sum(tensor.numel() for _, tensor in named),
         tensors=len(named),
-        bucket_bytes=first.bucket_bytes,
+        bucket_bytes=first.options.bucket_bytes,
         encode_seconds=scale * seconds["encode"],
         decode_seconds=scale * seconds["decode"],
         rounds=_rounds(recorder.collectives, scale),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compressors import Slot
-from ..compressors.base import Codec, Common
+from ..compressors.codec import Codec, Common
 from ..requests import Allreduce, ReduceOp, Request
 from .regions import Span
 

@@ -8,8 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from .. import kernels, wire
-from ..compressors.base import Codec, Common, add_up, unpack
+from ..compressors.codec import Codec, Common
+from ..compressors.frames import add_up, unpack
 from ..kernels.payloads import Payloads, starts_of
+from ..requests import Total
 from .base import Part
 
 
@@ -18,12 +20,12 @@ def encoded(
 ) -> tuple[list[wire.Frame], list[Tensor]]:
     """This rank's frames, and their bytes."""
     sent = [codec.frame(part.slot, part.gradient, known) for part, known in zip(parts, common)]
-    return sent, [wire.pack(frame, part.slot.frame) for frame, part in zip(sent, parts)]
+    return sent, [wire.pack(frame, part.slot.workspace.frame) for frame, part in zip(sent, parts)]
 
 
 def added(
     codec: Codec, parts: Sequence[Part], sent: Sequence[wire.Frame], buffers: Sequence[Tensor]
-) -> list[Tensor | None]:
+) -> list[Total | None]:
     """The sums over the ranks of what their frames, one buffer a rank, say; None for what is not finite on some."""
     payloads, flags = _received(sent, parts, buffers)
     flagged = np.any(flags, axis=0).tolist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..compressors.base import Codec
+from ..compressors.codec import Codec
 from ..requests import AllgatherParts, GroupExchange
 from .base import Part, agreed
 from .frames import added, encoded

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import messages
 from ..compressors import Slot
-from ..compressors.base import Codec, Common, flat32
+from ..compressors.codec import Codec, Common
+from ..compressors.gradients import flat32
 from ..memory import owned_key
-from ..requests import AlltoallParts, GroupExchange, Request
+from ..requests import AlltoallParts, GroupExchange, Request, Total
 from .base import Part, largest_of_all
 from .frames import added, encoded
 from .nodes import Nodes
@@ -52,9 +53,10 @@ class Hierarchical:
             sent, frames = encoded(self.codec, mine, common)
             shares = exchange.shares(frames)
             answers: list[Tensor] = yield AlltoallParts(exchange.for_counterparts(frames), shares)
-            totals = added(self.codec, mine, sent, exchange.of_counterparts(answers, frames)) if mine else []
+            sums = added(self.codec, mine, sent, exchange.of_counterparts(answers, frames)) if mine else []
+            totals = [None if of_piece is None else of_piece.values for of_piece in sums]
         else:
-            totals = [part.gradient / part.slot.divisor for part in mine]
+            totals = [part.gradient / part.slot.step.divisor for part in mine]
         everyone: list[Tensor] = yield AlltoallParts(exchange.for_mates(totals), exchange.uncounted, last=True)
         return exchange.joined(everyone, totals)
 
@@ -65,12 +67,13 @@ class _Exchange:
     def __init__(self, topology: Hierarchical, parts: Sequence[Part]) -> None:
         self._topology, self._parts = topology, parts
         nodes, slot = topology.nodes, parts[0].slot
-        self._rank, self._size = slot.rank, slot.size
-        self._node, self._place = nodes.place(slot.rank)
-        self._mates, self._counterparts = nodes.mates(slot.rank), nodes.counterparts(slot.rank)
+        self._rank, self._size = slot.step.rank, slot.step.size
+        self._node, self._place = nodes.place(slot.step.rank)
+        self._step = dataclasses.replace(slot.step, rank=self._node, size=len(nodes.members))
+        self._mates, self._counterparts = nodes.mates(slot.step.rank), nodes.counterparts(slot.step.rank)
         self._owned = regions(tuple(part.span for part in parts), topology.alignment, nodes.ranks_per_node)
-        told = [(part.slot.index, part.span) for part in parts]
-        self._known = messages.context((topology.codec.algorithm, slot.step, told))
+        told = [(part.slot.parameter.index, part.span) for part in parts]
+        self._known = messages.context((topology.codec.algorithm, slot.step.number, told))
         self._flats = [flat32(part.gradient).cpu() for part in parts]
         self.uncounted = [0] * len(parts)
 
@@ -101,9 +104,10 @@ class _Exchange:
     def for_mates(self, totals: Sequence[Tensor | None]) -> list[list[Tensor]]:
         return self._addressed((mate, self._packed(_TO_MATES, self._rank, totals)) for mate in self._mates)
 
-    def joined(self, everyone: Sequence[Tensor], mine: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def joined(self, everyone: Sequence[Tensor], mine: Sequence[Tensor | None]) -> list[Total | None]:
         """The sums of whole gradients, divided; None for one that is not finite on some rank."""
-        outs = [self._out(part) for part in self._parts]
+        outs = [part.slot.room_for_sum(part.gradient) for part in self._parts]
+        divisor = self._parts[0].slot.step.divisor
         finite = [True] * len(outs)
         for mate, pieces in zip(self._mates, self._owned):
             own = mate == self._rank
@@ -112,7 +116,7 @@ class _Exchange:
                 finite[piece.part] &= total is not None
                 if total is not None:
                     outs[piece.part][piece.start : piece.stop].copy_(total)
-        return [out if there else None for out, there in zip(outs, finite)]
+        return [Total(out, divisor) if there else None for out, there in zip(outs, finite)]
 
     # Between nodes
 
@@ -147,29 +151,18 @@ class _Exchange:
     def _slot_of(self, part: Part, piece: Piece) -> Slot:
         """That of a piece, as of a parameter among as many ranks as there are nodes."""
         of, pieces = part.slot, self._topology.pieces
-        slot = pieces.get((of.index, piece.start))
-        if slot is None or slot.shape.numel() != piece.numel or slot.memory is not of.memory:
-            slot = pieces[of.index, piece.start] = dataclasses.replace(
-                of,
-                name=owned_key(of.name, piece.start),
+        whole = of.parameter
+        slot = pieces.get((whole.index, piece.start))
+        if slot is None or slot.parameter.numel != piece.numel or slot.memory is not of.memory:
+            parameter = dataclasses.replace(
+                whole,
+                name=owned_key(whole.name, piece.start),
                 shape=torch.Size([piece.numel]),
-                rank=self._node,
-                size=len(self._topology.nodes.members),
-                seed=of.seed + self._place,  # each place draws numbers of its own
-                cache=None,
-                frame=None,
-                payload=None,
-                out=None,
+                seed=whole.seed + self._place,  # each place draws numbers of its own
             )
-        slot.step, slot.rate, slot.loss_scale, slot.divisor = of.step, of.rate, of.loss_scale, of.divisor
+            slot = pieces[whole.index, piece.start] = Slot(parameter, memory=of.memory)
+        slot.step, slot.rate = self._step, of.rate
         return slot
-
-    def _out(self, part: Part) -> Tensor:
-        slot = part.slot
-        slot.divided = True
-        if slot.out is not None:
-            return slot.out
-        return torch.empty(part.gradient.numel(), dtype=torch.float32, device=part.gradient.device)
 
     def _addressed(self, to: Iterator[tuple[int, Tensor]]) -> list[list[Tensor]]:
         """By destination; what is for this rank itself is left out."""

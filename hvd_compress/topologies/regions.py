@@ -33,11 +33,11 @@ def spans_of(buckets: Sequence[Sequence[int]], slots: Sequence[Slot]) -> dict[in
     """Where the gradients that are compressed lie in their buckets, by index: one after the other, in its order."""
     spans = {}
     for bucket in buckets:
-        members = [slots[index] for index in sorted(bucket) if index < len(slots) and slots[index].compressed]
-        extent, offset = sum(slot.shape.numel() for slot in members), 0
+        members = [slots[index] for index in sorted(bucket) if index < len(slots) and slots[index].parameter.compressed]
+        extent, offset = sum(slot.parameter.numel for slot in members), 0
         for slot in members:
-            spans[slot.index] = Span(offset, slot.shape.numel(), extent)
-            offset += slot.shape.numel()
+            spans[slot.parameter.index] = Span(offset, slot.parameter.numel, extent)
+            offset += slot.parameter.numel
     return spans
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels, messages
-from ..compressors.base import Common, ScatterCodec
-from ..requests import AllgatherParts, AlltoallParts, GroupExchange
+from ..compressors.codec import Common, ScatterCodec
+from ..requests import AllgatherParts, AlltoallParts, GroupExchange, Total
 from ..wire import WireError
 from .base import Part, agreed
 from .regions import Piece, of_parts, regions
@@ -48,10 +48,10 @@ class _Exchange:
 
     def __init__(self, codec: ScatterCodec, parts: Sequence[Part], common: Sequence[Common | None]) -> None:
         self.codec, self.parts, self.common = codec, parts, common
-        self.rank, self.size = parts[0].slot.rank, parts[0].slot.size
+        self.rank, self.size = parts[0].slot.step.rank, parts[0].slot.step.size
         self.owned = regions(tuple(part.span for part in parts), codec.alignment, self.size)
-        told = [(part.slot.index, part.gradient.dtype, codec.rate_of(part.slot)) for part in parts]
-        self.known = (codec.algorithm, parts[0].slot.step, told, [part.span for part in parts])
+        told = [(part.slot.parameter.index, part.gradient.dtype, codec.rate_of(part.slot)) for part in parts]
+        self.known = (codec.algorithm, parts[0].slot.step.number, told, [part.span for part in parts])
         self._contexts = messages.context(self.known)
 
     def encoded(self) -> tuple[list[Tensor], list[int]]:
@@ -84,7 +84,7 @@ class _Exchange:
         message = self._packed(_TO_ALL, self.rank, sums)
         return message, _rest_added(shares, message.numel())
 
-    def decoded(self, everyone: Sequence[Tensor]) -> list[Tensor | None]:
+    def decoded(self, everyone: Sequence[Tensor]) -> list[Total | None]:
         """The sums of all gradients; None for one that is not finite on some rank."""
         payloads: list[list[tuple[Piece, int, Tensor | None]]] = [[] for _ in self.parts]
         for owner, message in enumerate(everyone):
@@ -104,29 +104,27 @@ class _Exchange:
             raise WireError(error.rank, slot.name, "a payload that decodes", error) from error
         return total if bound < float("inf") else None
 
-    def _result(self, number: int, pieces: Sequence[tuple[Piece, int, Tensor | None]]) -> Tensor | None:
+    def _result(self, number: int, pieces: Sequence[tuple[Piece, int, Tensor | None]]) -> Total | None:
         part, common = self.parts[number], self.common[number]
-        slot = part.slot
+        slot, divisor = part.slot, part.slot.step.divisor
         there = [payload for _, _, payload in pieces if payload is not None]
         if len(there) < len(pieces):
             return None
-        out = slot.out
-        if out is None:
-            out = torch.empty(part.gradient.numel(), dtype=torch.float32, device=part.gradient.device)
+        out = slot.room_for_sum(part.gradient)
 
         def decode(host: Tensor) -> float:
             bounds = [0.0]
             for (piece, owner, _), payload in zip(pieces, there):
                 into = host[piece.start : piece.stop]
                 try:
-                    bounds.append(self.codec.take_back(slot, payload, common, slot.divisor, into))
+                    bounds.append(self.codec.take_back(slot, payload, common, divisor, into))
                 except kernels.PayloadError as error:
                     raise WireError(owner, slot.name, "a payload that decodes", error) from error
             return max(bounds)
 
-        slot.bound, slot.divided = kernels.on_host(decode, out), True
+        bound = kernels.on_host(decode, out)
         self.codec.learn(slot, there, [piece.numel for piece, _, _ in pieces])
-        return out
+        return Total(out, divisor, bound)
 
     def _packed(self, way: str, owner: int, payloads: Sequence[Tensor | None]) -> Tensor:
         varying = self.codec.varying

@@ -34,9 +34,8 @@ def delayed(kind: str, named: NamedParameters) -> GradientCompression:
     """As of COMPRESSIONS, one step late."""
     named = list(named)
     usual = COMPRESSIONS[kind](named)
-    usual.delist()
-    options = {name: getattr(usual, name) for name in ("min_numel", "bucket_bytes", "topology")}
-    return GradientCompression(usual.compressor, named, **options, delay=1)
+    usual.unregister()
+    return GradientCompression(usual.compressor, named, **usual.options.items() | {"delay": 1})
 
 
 def zeros(of: dict[str, Tensor]) -> Gradients:

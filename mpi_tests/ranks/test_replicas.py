@@ -58,7 +58,7 @@ def loss(of: nn.Module, rank: int, step: int) -> Tensor:
 def sgd(of: nn.Module, kind: str = "none", size: int = 1) -> torch.optim.Optimizer:
     """DGC has the momentum itself, where it takes part."""
     compression = MAKE[kind](of.named_parameters())
-    compression.delist()  # it is only looked at, on some ranks
+    compression.unregister()  # it is only looked at, on some ranks
     has_it = bool(compression.compressor.replaces) and takes_part(size, compression)
     return torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.0 if has_it else 0.5)
 

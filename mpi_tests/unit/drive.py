@@ -20,10 +20,12 @@ from hvd_compress.compressors import (
     FP16Compressor,
     NoneCompressor,
     OneBitCompressor,
+    Parameter,
     PowerSGDCompressor,
     QSGDCompressor,
     ScaleComCompressor,
     Slot,
+    Step,
     StochasticPruningCompressor,
     TernGradCompressor,
     TopKCompressor,
@@ -80,6 +82,19 @@ SIZES = (1, 2, 3, 5)
 _OPS = {ReduceOp.SUM: torch.add, ReduceOp.MAX: torch.maximum, ReduceOp.MIN: torch.minimum}
 
 
+def slot_of(
+    shape: Sequence[int],
+    name: str = "w",
+    index: int = 0,
+    *,
+    step: Step | None = None,
+    seed: int = 0,
+    memory: ErrorFeedback | None = None,
+) -> Slot:
+    """That of a parameter by itself."""
+    return Slot(Parameter(name, index, torch.Size(shape), seed), step or Step(), memory or ErrorFeedback())
+
+
 @dataclass
 class Outcome:
     totals: list[Tensor | None]  # by rank
@@ -108,7 +123,10 @@ def run(
     for memory, residual in zip(memories, residuals or ()):
         if residual is not None:
             memory.residuals[name] = residual.clone()
-    slots = [Slot(name, index, g.shape, rank, size, step, seed, memories[rank]) for rank, g in enumerate(gradients)]
+    slots = [
+        slot_of(gradient.shape, name, index, step=Step(step, rank, size), seed=seed, memory=memory)
+        for rank, (gradient, memory) in enumerate(zip(gradients, memories))
+    ]
     outcome = Outcome([None] * size, memories, sent_bytes=[0] * size)
     exchanges = [compressor.exchange(slot, gradient) for slot, gradient in zip(slots, gradients)]
     answers: list[Any] = [None] * size
@@ -119,7 +137,7 @@ def run(
                 requests.append(exchange.send(answers[rank]))
                 outcome.sent_bytes[rank] += sent_bytes(requests[-1])
             except StopIteration as end:
-                outcome.totals[rank] = end.value
+                outcome.totals[rank] = None if end.value is None else end.value.values
         if not requests:
             return outcome
         assert len(requests) == size, "some ranks have finished, others ask on"

@@ -77,7 +77,7 @@ def test_vectors_are_compressed_where_there_is_nothing_else():
 
 def test_slots_stand_in_the_order_of_the_names():
     bound = binding()
-    assert [(slot.name, slot.index, tuple(slot.shape)) for slot in bound.slots] == [
+    assert [(slot.name, slot.parameter.index, tuple(slot.parameter.shape)) for slot in bound.slots] == [
         (name, index, shape) for index, (name, shape) in enumerate(SHAPES.items())
     ]
     assert bound.describe()[2] == ("fc.weight", [64, 32], "torch.float32")

@@ -107,7 +107,7 @@ def test_casts_can_be_passed_unbound_or_called(name, compressor):
     bound = unbound(model().named_parameters(), min_numel=7)
     assert bound is not unbound
     assert bound.bound
-    assert (bound.compressor, bound.min_numel) == (compressor, 7)
+    assert (bound.compressor, bound.options.min_numel) == (compressor, 7)
     assert not getattr(Compression, name).bound
     with pytest.raises(TypeError, match="bound to its parameters already"):
         bound(model().named_parameters())
@@ -120,7 +120,7 @@ def test_each_reading_of_bf16_is_another_since_it_binds_to_an_optimizer():
 def test_options_given_to_what_is_not_bound_yet_stay():
     unbound = GradientCompression(BF16Compressor(), seed=5, min_numel=7)
     bound = unbound(model().named_parameters())
-    assert (bound.seed, bound.min_numel) == (5, 7)
+    assert (bound.options.seed, bound.options.min_numel) == (5, 7)
 
 
 @pytest.mark.parametrize("name", ["none", "fp16"])
@@ -167,7 +167,7 @@ def test_what_is_recommended_goes_by_the_optimizer_and_is_said(optimizer, accura
     mine = optimizer(of.parameters(), lr=0.1)
     compression = Compression.recommended(of.named_parameters(), mine, accuracy=accuracy, exclude="1.*")
     assert repr(compression).startswith(printed)
-    assert compression.exclude == ("1.*",)
+    assert compression.options.exclude == ("1.*",)
     (said,) = caplog.messages
     assert said.startswith(f"Compression.recommended takes {printed}")
     assert optimizer.__name__ in said

@@ -19,7 +19,6 @@ from hvd_compress.compressors import (
     TopKCompressor,
 )
 from hvd_compress.local import LocalRanks
-from hvd_compress.memory import ErrorFeedback
 from hvd_compress.requests import Allgather
 
 from . import drive
@@ -603,7 +602,7 @@ def test_a_rank_that_answers_too_little_is_noticed(compressor):
 
 @framed
 def test_the_request_is_one_gather_of_one_frame(compressor):
-    exchange = compressor.exchange(drive.Slot("w", 0, torch.Size([2000]), memory=ErrorFeedback()), random(2000))
+    exchange = compressor.exchange(drive.slot_of([2000]), random(2000))
     request = next(exchange)
     if getattr(compressor, "share_scaler", False):
         assert request.tensor.shape == (1,)

@@ -97,4 +97,4 @@ def test_what_cannot_be_late():
 
 def test_the_off_switch_takes_the_delay_away(monkeypatch):
     monkeypatch.setenv("HVD_COMPRESS_OFF", "1")
-    assert late().delay == 0
+    assert late().options.delay == 0

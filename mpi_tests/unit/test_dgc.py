@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -74,6 +75,12 @@ def gradient_of(weight, data):
     return 2 * x.t() @ (x @ weight - y) / len(x)
 
 
+def decays(compression, weight):
+    """Let the only parameter of `compression` have this value."""
+    (slot,) = compression.slots
+    slot.parameter = dataclasses.replace(slot.parameter, tensor=weight)
+
+
 def train(compressor, size, steps, *, rate=0.02, **sgd):
     """The weights after so many steps of the optimizer that is told of, with gradients that `compressor` combines."""
     true, data = problem(size)
@@ -81,7 +88,7 @@ def train(compressor, size, steps, *, rate=0.02, **sgd):
     optimizer = torch.optim.SGD([weight], lr=rate, **sgd)
     ranks = ranks_for(compressor, size, (20, 30))
     for compression in ranks.compressions:
-        compression.slots[0].parameter = weight.detach()
+        decays(compression, weight.detach())
     for _ in range(steps):
         gradients = [gradient_of(weight.detach(), mine) for mine in data]
         weight.grad, _ = step(ranks, gradients, average=True)
@@ -208,7 +215,7 @@ def test_weights_decay_before_the_momentum_in_units_of_the_scaled_loss():
     ranks = ranks_for(DGCCompressor(density=1.0, weight_decay=0.1, clip=1e-3), 2, (30, 40))
     weight = random(30, 40, seed=5).to(torch.bfloat16)
     for compression in ranks.compressions:
-        compression.slots[0].parameter = weight
+        decays(compression, weight)
         compression.loss_scale = 8.0
     zeros = [torch.zeros(30, 40)] * 2
     first, _ = step(ranks, zeros, average=True)
@@ -251,7 +258,7 @@ def test_parameters_that_are_not_compressed_get_momentum_and_no_frames():
     compressor, shapes = DGCCompressor(density=0.01), {"w": (30, 40)}
     ranks = LocalRanks([bound(compressor, shapes, exclude="w") for _ in range(2)])
     for compression in ranks.compressions:
-        assert not compression.slots[0].compressed
+        assert not compression.slots[0].parameter.compressed
     gradients = [random(30, 40, seed=r) for r in range(2)]
     first, _ = step(ranks, gradients)
     second, memories = step(ranks, gradients)

@@ -147,4 +147,4 @@ def test_a_worker_that_may_be_left_without_momentum_says_so(monkeypatch, caplog)
         assert [("momentum" in r.getMessage() and "--min-np" in r.getMessage()) for r in caplog.records] == [
             True
         ] * says
-        compression.delist()
+        compression.unregister()

@@ -166,7 +166,8 @@ def test_another_method_takes_the_place_of_what_the_script_asks_for(monkeypatch,
 def test_the_scripts_own_options_stay_and_the_operators_come_before(monkeypatch):
     monkeypatch.setenv(METHOD, "topk:density=0.1:min_numel=7")
     compression = Compression.qsgd([("w", torch.zeros(50, 60))], exclude="w*", min_numel=100, bucket_bytes=77)
-    assert (compression.exclude, compression.min_numel, compression.bucket_bytes) == (("w*",), 7, 77)
+    options = compression.options
+    assert (options.exclude, options.min_numel, options.bucket_bytes) == (("w*",), 7, 77)
     assert compression.compressor.density == 0.1
 
 

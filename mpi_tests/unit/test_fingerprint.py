@@ -44,7 +44,7 @@ def described(method: str = "topk", shapes: dict[str, tuple[int, ...]] | None = 
     shapes = {"a": (40, 50), "b": (30,)} if shapes is None else shapes
     named = [(name, torch.zeros(shape)) for name, shape in shapes.items()]
     compression = getattr(Compression, method)(named, **options)
-    compression.delist()
+    compression.unregister()
     return compression.description()
 
 
@@ -94,27 +94,27 @@ def test_another_number_of_compressions_is_named(culprit):
     assert "made [topk]" in messages[0]
 
 
-def test_a_roll_is_compared_once_and_all_at_once():
-    roll = fingerprint.Roll()
-    roll.unchecked.update({7: described(), 3: described("terngrad")})
+def test_a_registry_is_compared_once_and_all_at_once():
+    registry = fingerprint.Registry()
+    registry.unchecked.update({7: described(), 3: described("terngrad")})
     (transport,) = LocalWorld(1).transports
-    roll.check(transport)
-    assert roll.unchecked == {}
-    assert roll.checks == 1
-    assert roll.numbers == {3: 0, 7: 1}  # as they were made
-    roll.check(transport)
-    assert roll.checks == 2
+    registry.check(transport)
+    assert registry.unchecked == {}
+    assert registry.checks == 1
+    assert registry.numbers == {3: 0, 7: 1}  # as they were made
+    registry.check(transport)
+    assert registry.checks == 2
 
 
-def test_every_set_of_ranks_has_its_own_roll():
+def test_every_set_of_ranks_has_its_own_registry():
     class Set:
         def __init__(self, number: int, ranks: list[int]) -> None:
             self.process_set_id, self.ranks = number, ranks
 
-    assert fingerprint.roll(None) is fingerprint.roll(Set(0, [0, 1]))
-    assert fingerprint.roll(Set(1, [0, 7])) is fingerprint.roll(Set(1, [0, 7]))
-    assert fingerprint.roll(Set(1, [0, 7])) is not fingerprint.roll(None)
-    fingerprint._rolls.pop((0, 7))
+    assert fingerprint.registry_of(None) is fingerprint.registry_of(Set(0, [0, 1]))
+    assert fingerprint.registry_of(Set(1, [0, 7])) is fingerprint.registry_of(Set(1, [0, 7]))
+    assert fingerprint.registry_of(Set(1, [0, 7])) is not fingerprint.registry_of(None)
+    fingerprint._registries.pop((0, 7))
 
 
 def test_what_waits_long_says_so_once(caplog, monkeypatch):

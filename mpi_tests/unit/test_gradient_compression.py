@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hvd_compress import Compression, GradientCompression, fingerprint, gradient_compression
+from hvd_compress import Compression, GradientCompression, fingerprint, horovod_hooks
 from hvd_compress.transports.local import LocalTransport, LocalWorld
 
 from .drive import EVERY, SIZES, bits, run
@@ -27,7 +27,7 @@ METHODS = {
 }
 
 
-class Unchecked(fingerprint.Roll):
+class Unchecked(fingerprint.Registry):
     def check(self, transport: Any) -> None:
         """Ranks that are simulated in one thread cannot wait for one another here."""
 
@@ -54,8 +54,8 @@ class Ranks:
         self.compressions: list[GradientCompression] = []
         for named in self.parameters:
             compression = METHODS[method][0](list(named.items()))
-            compression.delist()
-            compression._roll, compression._serial = Unchecked(), 0  # as in a process of its own
+            compression.unregister()
+            compression._registry = Unchecked()  # as in a process of its own
             self.compressions.append(compression)
 
     def compress(self, step: int = 0, dtype: torch.dtype = torch.float32) -> list[dict[str, tuple[torch.Tensor, Any]]]:
@@ -218,9 +218,9 @@ def added_up_one_by_one(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [2, 64, 679, 680, 1500, 2048, 4000])
 def test_half_precision_carriers_are_understood_at_any_number_of_ranks(size, monkeypatch):
     compression = Compression.topk([("w", torch.nn.Parameter(torch.zeros(40, 50)))])
-    marks = [gradient_compression._mark(rank) for rank in range(size)]
+    marks = [horovod_hooks.mark(rank) for rank in range(size)]
     monkeypatch.setattr(type(compression), "size", size)
-    compression._mean_mark = sum(marks) / size
+    compression._horovod.mean_mark = sum(marks) / size
     total = added_up_one_by_one(torch.tensor([[1.0, mark] for mark in marks], dtype=torch.float16))
-    assert not compression._is_average(total)
-    assert compression._is_average(total / size)
+    assert not compression._horovod.is_average(total)
+    assert compression._horovod.is_average(total / size)

@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvd_compress import kernels
-from hvd_compress.compressors import BF16Compressor, Slot
-from hvd_compress.compressors.base import add_up
+from hvd_compress.compressors import BF16Compressor
+from hvd_compress.compressors.frames import add_up
 from hvd_compress.kernels import choice
 from hvd_compress.wire import DENSE
 
-from .drive import FRAMED, bits, random, run
+from .drive import FRAMED, bits, random, run, slot_of
 
 NUMEL = 5000
 SUMS = ("ternary_sum", "quantise_sum", "bfloat_sum", "sparse_sum", "narrow_sum", "gaps_sum", "prune_sum")
@@ -72,12 +72,12 @@ def exchanged(flags: int) -> tuple[torch.Tensor, float, Copies]:
     """What comes of one rank's gradient on the device `meta`, its bound, and the copies that were made."""
     values = torch.ones(NUMEL)
     payload = (values if flags else values.bfloat16()).view(torch.uint8)
-    slot = Slot("weight", 0, torch.Size([NUMEL]))
+    slot = slot_of([NUMEL])
     gradient = torch.empty(NUMEL, device="meta")
 
     with Copies() as copies:
         total = add_up(BF16Compressor(), slot, gradient, [payload], [flags])
-    return total, slot.bound, copies
+    return total.values, total.bound, copies
 
 
 @pytest.mark.parametrize("flags", [0, DENSE])

@@ -32,13 +32,15 @@ LAYERS = [
     {"mpi_optimizer", "bucket_exchange", "local_steps"},
     {"gradient_exchange"},
     {"gradient_compression"},
+    {"horovod_hooks"},
     {"session"},
+    {"checkpoint"},
     {"recommendation"},
     {"agreement", "late", "step_check", "ordered_engine", "paced_engine", "adaptive", "disagreement", "by_name"},
     {"training"},
-    {"binding", "fingerprint", "engine", "states", "facts", "connection"},
+    {"binding", "fingerprint", "engine", "states", "facts", "connection", "routing"},
     {"transports"},
-    {"topologies"},
+    {"topologies", "options"},
     {"compressors"},
     {"messages"},
     {"wire", "memory", "requests", "telemetry", "schedules"},
@@ -118,7 +120,10 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             )
         },
         "prediction": {f"hvd_compress.prediction.{name}" for name in ("traffic", "work", "timeline")},
-        "compressors": {f"hvd_compress.compressors.{name}" for name in ("base", "entries", "footprint")},
+        "compressors": {
+            f"hvd_compress.compressors.{name}"
+            for name in ("base", "codec", "entries", "footprint", "frames", "gradients", "slot")
+        },
         "topologies": {f"hvd_compress.topologies.{name}" for name in ("base", "frames", "nodes", "regions")},
         "transports": {"hvd_compress.transports.base"},
         # choice leads to native and reference, and these to what they share and to the packings

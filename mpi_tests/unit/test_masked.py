@@ -182,7 +182,7 @@ def errors_of_ranks(sources, dense, names=("a", "conv", "bias")):
         exchanges = []
         for rank, compression in enumerate(ranks.compressions):
             gradient = random(*SHAPES[name], seed=rank)
-            compressor = compression._compressor_of(index, gradient)
+            compressor = compression.compressor_of(index, gradient)
             exchanges.append(compressor.exchange(compression.slots[index], gradient))
         frames = [next(exchange).frame for exchange in exchanges]
         for rank, exchange in enumerate(exchanges):
@@ -333,5 +333,5 @@ def test_a_compression_for_dense_phases_is_not_compared_by_itself():
     dense = Compression.topk(named)
     masked = Compression.masked(Masks(), named, dense=dense)
     assert isinstance(masked, GradientCompression)
-    assert dense._id not in dense._roll.unchecked
-    assert masked._id in masked._roll.unchecked
+    assert dense._id not in dense._registry.unchecked
+    assert masked._id in masked._registry.unchecked

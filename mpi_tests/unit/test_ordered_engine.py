@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from hvd_compress import wire
-from hvd_compress.compressors import Compressor, Slot
+from hvd_compress.compressors import Compressor, Step
 from hvd_compress.engine import Engine
 from hvd_compress.ordered_engine import OrderedEngine
 from hvd_compress.requests import Allgather, Allreduce, Exchange, ReduceOp
 from hvd_compress.transports.base import Pending, Transport
 
-from .drive import FRAMED, SUMMED, bits, bound, run
+from .drive import FRAMED, SUMMED, bits, bound, run, slot_of
 from .drive import random as gradient_like
 
 _PATIENCE_SECONDS = 10.0
@@ -150,14 +150,14 @@ def arrivals(step: int, rank: int) -> list[int]:
 
 def exchanged(engine_of: Callable[[int], Engine], compressor: Compressor, rank: int) -> list[dict[int, bytes]]:
     engine = engine_of(rank)
-    slots = [Slot(f"p{index}", index, torch.Size(SHAPES[index]), rank, engine.transport.size) for index in range(8)]
+    slots = [slot_of(SHAPES[index], f"p{index}", index) for index in range(8)]
     totals = []
     for step in range(6):
         tickets = {}
         for index in arrivals(step, rank):
-            slots[index].step = step
+            slots[index].step = Step(step, rank, engine.transport.size)
             tickets[index] = engine.submit(index, compressor.exchange(slots[index], gradient(index, rank, step)))
-        totals.append({index: bits(engine.finish(ticket)) for index, ticket in tickets.items()})
+        totals.append({index: bits(engine.finish(ticket).values) for index, ticket in tickets.items()})
         for slot in slots:
             slot.memory.commit()
     engine.close()
@@ -317,7 +317,7 @@ def test_every_rank_can_gather_the_state_of_all(size):
 
     def train(rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
         compression = bound(compressor, shapes)
-        compression.delist()
+        compression.unregister()
         compression.attach(world.transports[rank], OrderedEngine)
         for step in range(2):
             mine = {name: gradient_like(*shape, seed=10 * step + rank) for name, shape in shapes.items()}

@@ -7,14 +7,13 @@ import math
 import pytest
 import torch
 
-from hvd_compress.compressors.base import Slot
 from hvd_compress.compressors.powersgd import PowerSGDCompressor, starting_factor
 from hvd_compress.kernels import orthonormalise
 from hvd_compress.kernels.lowrank import product
 from hvd_compress.local import LocalRanks
 from hvd_compress.schedules import Steps
 
-from .drive import bits, bound, random, run
+from .drive import bits, bound, random, run, slot_of
 from .test_contract import LAYOUTS, TENSORS, ranks_of
 
 RANKS = (1, 2, 4, 7)
@@ -189,7 +188,7 @@ def test_the_rank_may_be_a_schedule():
 
 def test_the_first_factor_is_drawn_by_seed_parameter_and_column():
     def start(seed, index, rank):
-        return starting_factor(Slot("w", index, torch.Size([30, 40]), seed=seed), 40, rank)
+        return starting_factor(slot_of([30, 40], index=index, seed=seed), 40, rank)
 
     assert bits(start(1, 2, 4)) == bits(start(1, 2, 4))
     assert torch.equal(start(1, 2, 4)[:, :2], start(1, 2, 2))

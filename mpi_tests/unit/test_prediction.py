@@ -27,7 +27,7 @@ def work(*rounds, parameters=1000, bucket_bytes=4000, encode=0.0, decode=0.0):
 def test_bytes_of_a_gather_are_the_frames_of_all_others():
     found = measured(lambda named: Compression.topk(named, density=0.1, topology="gather"), NAMED, 4)
     payload = Compression.topk(NAMED, density=0.1)
-    payload.delist()
+    payload.unregister()
     sent = sum(payload.compressor.sent(slot).gathered for slot in payload.slots)
     assert found.received_bytes == pytest.approx(3 * sent, rel=0.02)  # which are packed in frames of a few bytes more
     assert [[each.kind for each in collectives] for collectives in found.rounds] == [["allgather"]]

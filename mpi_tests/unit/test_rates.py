@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -31,7 +32,8 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def sent_at(compressor, shape, rate):
     """Bytes that a rank sends where a controller has set `rate`."""
     (compression,) = (ranks := LocalRanks([bound(compressor, {"w": shape, "m": (1, 1)})])).compressions
-    compression.slots[0].rate, compression.slots[0].compressed = rate, True
+    (slot, _) = compression.slots
+    slot.rate, slot.parameter = rate, dataclasses.replace(slot.parameter, compressed=True)
     ranks.exchange([{"w": random(*shape)}])
     return compression.telemetry.total.sent_bytes
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hvd_compress.compressors import Slot
+from hvd_compress.compressors import Step
 from hvd_compress.compressors.scalecom import ScaleComCompressor, saves
 from hvd_compress.local import LocalRanks
 from hvd_compress.memory import ErrorFeedback
@@ -15,7 +15,7 @@ from hvd_compress.requests import Allreduce, Broadcast
 from hvd_compress.schedules import Steps
 from hvd_compress.wire import WireError
 
-from .drive import bits, bound, random, run
+from .drive import bits, bound, random, run, slot_of
 from .test_contract import LAYOUTS, TENSORS, ranks_of
 
 G1 = [0.4, -0.1, 0.05, 0.3, -0.25, 0.02, -0.6, 0.1, 0.0, 0.15]
@@ -156,8 +156,8 @@ def test_what_a_rank_sends_does_not_depend_on_how_many_there_are(compressor, sha
 
 def test_requests_are_a_broadcast_of_positions_and_a_sum_of_values():
     ranks = ranks_for(ScaleComCompressor(density=0.01), 3, (30, 40))
-    slot = ranks.compressions[1].slots[0]
-    slot.step = 4
+    (slot,) = ranks.compressions[1].slots
+    slot.step = Step(4, 1, 3)
     exchange = ranks.compressions[1].compressor.exchange(slot, random(30, 40))
     request = next(exchange)
     assert isinstance(request, Broadcast)
@@ -183,8 +183,8 @@ SPOILT = {
 def test_positions_that_cannot_be_are_an_error_on_every_rank_that_names_the_leader(compressor, how, victims):
     """Even where only some ranks got them: else these would fail, and the others wait for them for ever."""
     memories = [ErrorFeedback() for _ in range(3)]
-    slots = [Slot("layer.w", 0, torch.Size([30, 40]), r, 3, step=4, memory=memories[r]) for r in range(3)]
-    exchanges = [compressor.exchange(slot, random(30, 40, seed=slot.rank)) for slot in slots]
+    slots = [slot_of([30, 40], "layer.w", step=Step(4, r, 3), memory=memories[r]) for r in range(3)]
+    exchanges = [compressor.exchange(slot, random(30, 40, seed=slot.step.rank)) for slot in slots]
     positions = [next(exchange) for exchange in exchanges][1].tensor
     answers = [SPOILT[how](positions) if r in victims else positions.clone() for r in range(3)]
     values = [exchange.send(answer).tensor for exchange, answer in zip(exchanges, answers)]
@@ -199,7 +199,7 @@ def test_positions_that_cannot_be_are_an_error_on_every_rank_that_names_the_lead
 
 @pytest.mark.parametrize("size", [1, 2, 64, 4097])
 def test_flags_of_all_ranks_do_not_add_up_to_the_wrong_one(size):
-    slot = Slot("w", 0, torch.Size([30, 40]), 0, size, step=0)
+    slot = slot_of([30, 40], step=Step(size=size))
     gradient = random(30, 40)
     gradient[0, 0] = math.nan
     exchange = COMPRESSORS["exact"].exchange(slot, gradient)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from hvd_compress import Compression, kernels
-from hvd_compress.compressors import QSGDCompressor, TopKCompressor
+from hvd_compress.compressors import QSGDCompressor, Step, TopKCompressor
 from hvd_compress.local import LocalRanks
 from hvd_compress.memory import CUT, OWNED, key, owned_key, owner, share
 from hvd_compress.topologies import Piece, Span, regions
 from hvd_compress.wire import WireError
 
-from .drive import bits, random
+from .drive import bits, random, slot_of
 from .in_pieces import (
     SHAPES,
     check_that_a_checkpoint_goes_on,
@@ -273,9 +273,8 @@ def test_auto_does_not_scatter_where_that_moves_more():
 
 
 def scatters(compressor, size: int) -> bool:
-    from hvd_compress.compressors import Slot
 
-    return compressor.scatters(Slot("w", 0, torch.Size([10]), size=size), "auto")
+    return compressor.scatters(slot_of([10], step=Step(size=size)), "auto")
 
 
 @pytest.mark.parametrize(
@@ -343,12 +342,11 @@ def test_a_code_past_the_largest_is_loud():
 
 
 def test_topk_is_cut_where_its_entries_are():
-    from hvd_compress.compressors import Slot
 
     gradient = random(300_000)
     compressor = TopKCompressor(density=0.01)
     cuts = [(0, 10), (10, 70_000), (70_000, 70_001), (70_001, 299_999), (299_999, 300_000)]
-    payloads = compressor.cut(Slot("w", 0, gradient.shape), gradient, cuts, None)
+    payloads = compressor.cut(slot_of(gradient.shape), gradient, cuts, None)
     whole = torch.empty(300_000)
     for (start, stop), payload in zip(cuts, payloads):
         kernels.of(whole).sparse_sum([payload], 1.0, whole[start:stop])

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from hvd_compress import WireError, wire
-from hvd_compress.compressors import Compressor, Slot, SparseGatherer
+from hvd_compress.compressors import Compressor, Slot, SparseGatherer, Step
 from hvd_compress.requests import Allreduce
 from hvd_compress.wire import Frame, frame_bytes, pack, split, unpack
 
-from .drive import FRAMED, bits, random, run
+from .drive import FRAMED, bits, random, run, slot_of
 
 HEADER = struct.Struct("<2s4BHIfQQ")
 DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
@@ -201,8 +201,8 @@ def reference(frame: bytes, slot: Slot, peer: int, compressor: Compressor, rate:
     magic, version, algorithm, dtype, flags, sender, index, found, numel, length = HEADER.unpack(frame[:32])
     require(magic == b"hC" and version == 1 and len(frame) == 36 + length + -length % 4)
     require(not any(frame[36 + length :]))
-    require((algorithm, dtype, sender, index) == (compressor.algorithm, 1, peer, slot.index))
-    require(numel == slot.shape.numel() and flags in (0, wire.DENSE, wire.NON_FINITE))
+    require((algorithm, dtype, sender, index) == (compressor.algorithm, 1, peer, slot.parameter.index))
+    require(numel == slot.parameter.numel and flags in (0, wire.DENSE, wire.NON_FINITE))
     require(found == struct.unpack("<f", struct.pack("<f", rate))[0])
     if flags == wire.NON_FINITE:
         require(length == 0)
@@ -238,7 +238,7 @@ def received(name: str, buffer: bytes) -> Iterator[torch.Tensor | None]:
     theirs = split(octets(buffer), len(SHAPES), 1)
     for index, shape in enumerate(SHAPES):
         exchange = FUZZED[name].exchange(
-            Slot(f"p{index}", index, torch.Size(shape), 0, 2), random(*shape, seed=10 * index)
+            slot_of(shape, f"p{index}", index, step=Step(size=2)), random(*shape, seed=10 * index)
         )
         request = next(exchange)
         if isinstance(request, Allreduce):
@@ -246,13 +246,13 @@ def received(name: str, buffer: bytes) -> Iterator[torch.Tensor | None]:
         try:
             exchange.send([mine[index], theirs[index]])
         except StopIteration as end:
-            yield end.value
+            yield None if end.value is None else end.value.values
 
 
 def own(name: str) -> list[np.ndarray]:
     totals = []
     for index, frames in enumerate(genuine(name)):
-        slot = Slot(f"p{index}", index, torch.Size(SHAPES[index]))
+        slot = slot_of(SHAPES[index], f"p{index}", index)
         totals.append(reference(frames[0], slot, 0, FUZZED[name], rate_of(name, index)))
     return totals
 
@@ -275,7 +275,7 @@ def little_memory():
 @pytest.mark.parametrize("name", FUZZED)
 def test_the_plain_reading_of_frames_agrees(name):
     expected = [
-        mine + reference(frames[1], Slot("", index, torch.Size(SHAPES[index])), 1, FUZZED[name], rate_of(name, index))
+        mine + reference(frames[1], slot_of(SHAPES[index], "", index), 1, FUZZED[name], rate_of(name, index))
         for index, (mine, frames) in enumerate(zip(own(name), genuine(name)))
     ]
     totals = list(received(name, b"".join(frames[1] for frames in genuine(name))))
@@ -372,7 +372,7 @@ def test_damage_with_a_right_checksum_raises_or_is_read_as_it_stands(name, littl
         else:
             damage(frames[victim], rng)
         frames[victim] = bytearray(sealed(bytes(frames[victim])))
-        slot = Slot(f"p{victim}", victim, torch.Size(SHAPES[victim]))
+        slot = slot_of(SHAPES[victim], f"p{victim}", victim)
         try:
             said = reference(bytes(frames[victim]), slot, 1, FUZZED[name], rate_of(name, victim))
         except ValueError:
@@ -443,11 +443,11 @@ def sparse_gradient(seed: int) -> torch.Tensor:
 
 
 def sparse_exchange(theirs: bytes, gradient: torch.Tensor) -> torch.Tensor:
-    exchange = SparseGatherer().exchange(Slot("embedding", 0, gradient.shape, 0, 2), gradient)
+    exchange = SparseGatherer().exchange(slot_of(gradient.shape, "embedding", step=Step(size=2)), gradient)
     try:
         exchange.send([next(exchange).frame, octets(theirs)])
     except StopIteration as end:
-        return end.value
+        return end.value.values
     raise AssertionError("asks on")
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hvd_compress import wire
 from hvd_compress.compressors import ScatterCodec, Slot
-from hvd_compress.compressors.base import Common, flat32, max_abs
+from hvd_compress.compressors.codec import Common
 from hvd_compress.compressors.footprint import Sent
+from hvd_compress.compressors.gradients import flat32, max_abs
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SignCompressor(ScatterCodec):
         return max_abs(out)
 
     def sent(self, slot: Slot) -> Sent:
-        return Sent(gathered=wire.frame_bytes(self.piece_bytes(slot, slot.shape.numel(), back=False)))
+        return Sent(gathered=wire.frame_bytes(self.piece_bytes(slot, slot.parameter.numel, back=False)))
 
     # Scattering: each piece is encoded as a gradient is, and its sum again.
 
