@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Union
+from typing import Any, NamedTuple, Protocol, Union
 
 from torch import Tensor
 
@@ -76,8 +76,7 @@ class AlltoallParts:
 Request = Union[Allreduce, Allgather, Broadcast, Alltoall, AllgatherParts, AlltoallParts]
 
 
-@dataclass(frozen=True)
-class Total:
+class Total(NamedTuple):
     """What comes of the exchange of a gradient: the sum over the ranks, the same bits on all of them."""
 
     values: Tensor  # float32 [numel], or of the gradient's own type where that is wider or sparse

@@ -598,7 +598,7 @@ def _divided_by(divisor: float, total: Total) -> Total:
         return total
     # Not by 1 / divisor: that would round twice.
     values = total.values / divisor if total.divisor == 1 else total.values * (total.divisor / divisor)
-    return dataclasses.replace(total, values=values, divisor=divisor)
+    return total._replace(values=values, divisor=divisor)
 
 
 def _is_flat32(tensor: Tensor) -> bool:
