@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from turns import Job, take
 
 from report import read_rows
 
@@ -47,6 +49,25 @@ def rows_of(program: Sequence[str], launcher: Launcher) -> list[dict[str, Any]]:
         return read_rows(out)
 
 
+def rows_in_turns(programs: Sequence[Sequence[str]], launcher: Launcher, ranks: int) -> list[dict[str, Any]]:
+    """As `rows_of`, of jobs of so many ranks that take turns: each gets --turns DIRECTORY, too."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as running:
+        outs, waiting, processes = [], [], []
+        for number, program in enumerate(programs):
+            turns = Path(directory, str(number))
+            turns.mkdir()
+            outs.append(turns / "rows.json")
+            command = [sys.executable, *program, "--out", str(outs[-1]), "--turns", str(turns)]
+            process = running.enter_context(_started(launcher(command, ENVIRONMENT)))
+            waiting.append(Job(turns, ranks, lambda process=process: process.poll() is not None))
+            running.callback(waiting[-1].release)
+            processes.append(process)
+        take(waiting)
+        for process in processes:
+            _check(process.wait())
+        return [row for out in outs for row in read_rows(out)]
+
+
 def told(program: Sequence[str], launcher: Launcher) -> Any:
     """The JSON that rank 0 of a job prints, whatever its exit code."""
     command = launcher([sys.executable, *program], ENVIRONMENT)
@@ -55,12 +76,23 @@ def told(program: Sequence[str], launcher: Launcher) -> Any:
 
 
 def _run(command: Sequence[str]) -> None:
+    with _started(command) as process:
+        _check(process.wait())
+
+
+def _check(code: int) -> None:
+    if code:
+        raise RuntimeError(f"the job failed with exit code {code}: see above")
+
+
+@contextlib.contextmanager
+def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, which is ended if it has not."""
     process = subprocess.Popen(
         command, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        if code := process.wait():
-            raise RuntimeError(f"the job failed with exit code {code}: see above")
+        yield process
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):

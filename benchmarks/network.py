@@ -15,7 +15,7 @@ from typing import Any
 
 import jobs
 import network_methods
-from jobs import rows_of
+from jobs import rows_in_turns
 from network_hosts import Hosts, megabits, missing
 from network_report import machine, plot, table_of
 from rich.console import Console
@@ -42,7 +42,8 @@ def emulated(options: argparse.Namespace, console: Console) -> Iterator[list[dic
                 for parameters in options.parameters:
                     network = ["--interface", hosts.interface, "--sharers", str(hosts.ranks_per_host)]
                     network += ["--master", f"{hosts.addresses[0]}:{_PORT}"]
-                    rows = rows_of(_program(options, parameters) + network, hosts.mpirun)
+                    programs = _programs(options, parameters, network)
+                    rows = rows_in_turns(programs, hosts.mpirun, count * hosts.ranks_per_host)
                     kind = {"network": "emulated", "hosts": count, "rate_mbit": megabits(rate)}
                     kind |= {"ranks_per_host": hosts.ranks_per_host}
                     kind |= {"reached_mbit": round(reached, 1), "parameters": parameters, "doctor": links}
@@ -55,14 +56,28 @@ def loopback(options: argparse.Namespace, console: Console) -> Iterator[list[dic
     for count in options.hosts:
         for parameters in options.parameters:
             network = ["--interface", "lo", "--sharers", str(count), "--master", f"127.0.0.1:{_PORT}"]
-            rows = rows_of(_program(options, parameters) + network, jobs.on_this_machine(count, *_TCP))
+            programs = _programs(options, parameters, network)
+            rows = rows_in_turns(programs, jobs.on_this_machine(count, *_TCP), count)
             kind = {"network": "loopback", "hosts": count, "rate_mbit": None, "parameters": parameters}
             yield _with_bound([kind | row for row in rows])
 
 
-def _program(options: argparse.Namespace, parameters: str) -> list[str]:
-    methods = ["--methods", ",".join(options.methods)]
-    return [str(_WORKER), "--parameters", parameters, "--seconds", str(options.seconds), *methods]
+def _programs(options: argparse.Namespace, parameters: str, network: list[str]) -> list[list[str]]:
+    """Of the methods under Horovod, and of those without it."""
+    by_horovod = [method for method in options.methods if network_methods.needs_horovod(method)]
+    others = [method for method in options.methods if method not in by_horovod]
+    common = [str(_WORKER), "--parameters", parameters, *network]
+    return [
+        [
+            *common,
+            "--methods",
+            ",".join(methods),
+            "--seconds",
+            str(options.seconds * len(methods) / len(options.methods)),
+        ]
+        for methods in (by_horovod, others)
+        if methods
+    ]
 
 
 def _with_bound(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

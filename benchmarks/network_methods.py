@@ -128,6 +128,11 @@ class Trained:
         return float(loss.detach())
 
 
+def needs_horovod(method: str) -> bool:
+    """Whether Horovod exchanges its gradients, or its parameters."""
+    return method != "bound" and not method.startswith(("ddp-", "hook-"))
+
+
 def ours(method: str) -> Callable[[Any], GradientCompression]:
     """NAME, or NAME:OPTION=VALUE:..., of a method of Compression; or lgreco-bytes and lgreco-time, over PowerSGD.
 

@@ -10,9 +10,10 @@ import statistics
 import time
 from pathlib import Path
 
-import horovod.torch as hvd
 import torch
-from network_methods import MODELS, WARM_UP_STEPS, Trained
+from network_methods import MODELS, WARM_UP_STEPS, Trained, needs_horovod
+from torch import Tensor
+from turns import Turns
 
 from report import write_rows
 
@@ -20,18 +21,53 @@ _BLOCK_SECONDS = 1.0  # that a method trains for, about, before it is the next o
 _ROUNDS = (5, 30)
 
 
+class _Horovod:
+    """The other ranks, for what the benchmark itself has to tell them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import horovod.torch as hvd
+
+        hvd.init()
+        if not hvd.mpi_enabled():
+            raise RuntimeError("this benchmark is of Horovod over MPI: start it with mpirun")
+        self._hvd = hvd
+        self.rank, self.barrier = hvd.rank(), hvd.barrier
+
+    def gather(self, values: Tensor) -> Tensor:
+        """float64 [n] of every rank: [ranks, n]."""
+        gathered: Tensor = self._hvd.allgather(values.unsqueeze(0), name="hvd_compress.benchmark")
+        return gathered
+
+
+class _Torch:
+    """The same without Horovod."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from mpi4py import MPI  # which only tells the rank
+
+        self.rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+        os.environ["GLOO_SOCKET_IFNAME"] = options.interface
+        address = f"tcp://{options.master}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=self.rank, world_size=size)
+        self.barrier = torch.distributed.barrier
+
+    def gather(self, values: Tensor) -> Tensor:
+        everyone = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(everyone, values)
+        return torch.stack(everyone)
+
+
 class Rank:
     """What this rank trains, and what it sees of the network."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, others: _Horovod | _Torch) -> None:
         make, batch = MODELS[options.parameters]
-        generator = torch.Generator().manual_seed(1 + hvd.rank())
+        self.others = others
+        generator = torch.Generator().manual_seed(1 + others.rank)
         self.batches = [batch(generator) for _ in range(8)]
         self.steps = 0
         self._counter = Path("/sys/class/net", options.interface, "statistics/tx_bytes")
         self._sharers = options.sharers
-        if any(method.startswith(("ddp", "hook")) for method in options.methods):
-            _join(options)
         self.trained = [Trained(method, make) for method in options.methods]
         for trained in self.trained:
             for step in range(trained.preparation):
@@ -43,13 +79,13 @@ class Rank:
 
     def block(self, trained: Trained, steps: int) -> tuple[float, float]:
         """Seconds of a step on the slowest rank, and bytes that left this host in a step, after all ranks have met."""
-        hvd.barrier()
+        self.others.barrier()
         bytes_before, start = self.sent_bytes(), time.perf_counter()
         for _ in range(steps):
             loss = trained.step(self.batches[self.steps % len(self.batches)])
             self.steps += 1
         seconds = (time.perf_counter() - start) / steps
-        slowest = hvd.allreduce(torch.tensor(seconds, dtype=torch.float64), op=hvd.Max, name="slowest")
+        slowest = self.others.gather(torch.tensor([seconds], dtype=torch.float64)).max()
         if not math.isfinite(loss):
             raise RuntimeError(f"{trained.method}: the loss is {loss}")
         return float(slowest), (self.sent_bytes() - bytes_before) / steps
@@ -57,19 +93,12 @@ class Rank:
     def check_replicas(self, trained: Trained) -> None:
         """Raise RuntimeError if the ranks' models differ: then what was timed was no training."""
         total = torch.stack([p.detach().double().sum() for p in trained.plain.parameters()])
-        theirs = hvd.allgather(total.unsqueeze(0), name=f"check.{trained.method}")
+        theirs = self.others.gather(total)
         if trained.method != "bound" and not bool((theirs == theirs[0]).all()):
             raise RuntimeError(f"{trained.method}: the ranks' models differ")
 
 
-def _join(options: argparse.Namespace) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = options.interface
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://{options.master}", rank=hvd.rank(), world_size=hvd.size()
-    )
-
-
-def measure(rank: Rank, seconds: float) -> list[dict[str, object]]:
+def measure(rank: Rank, seconds: float, turns: Turns) -> list[dict[str, object]]:
     """Rounds in which every method has a block, in changing order; of each the median."""
     steps, estimate = {}, {}
     for trained in rank.trained:
@@ -85,17 +114,18 @@ def measure(rank: Rank, seconds: float) -> list[dict[str, object]]:
     order, shuffle = list(rank.trained), random.Random(0)
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
+        turns.wait()
         shuffle.shuffle(order)
         for trained in order:
             found.setdefault(trained.method, []).append(rank.block(trained, steps[trained.method]))
     for trained in rank.trained:
         rank.check_replicas(trained)
-    return [_row(trained, found[trained.method], steps[trained.method]) for trained in rank.trained]
+    return [_row(rank, trained, found[trained.method], steps[trained.method]) for trained in rank.trained]
 
 
-def _row(trained: Trained, blocks: list[tuple[float, float]], steps: int) -> dict[str, object]:
+def _row(rank: Rank, trained: Trained, blocks: list[tuple[float, float]], steps: int) -> dict[str, object]:
     seconds, sent = zip(*blocks)
-    mean_sent = hvd.allreduce(torch.tensor(statistics.median(sent), dtype=torch.float64), name="sent")
+    mean_sent = rank.others.gather(torch.tensor([statistics.median(sent)], dtype=torch.float64)).mean()
     row = {
         "method": trained.method,
         "step_seconds": statistics.median(seconds),
@@ -118,16 +148,17 @@ def main() -> None:
     parser.add_argument("--master", required=True, help="address and port of rank 0, for torch.distributed")
     parser.add_argument("--seconds", type=float, required=True, help="that all rounds may take, about")
     parser.add_argument("--out", type=Path, required=True)
+    Turns.add_to(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    hvd.init()
-    if not hvd.mpi_enabled():
-        raise RuntimeError("this benchmark is of Horovod over MPI: start it with mpirun")
-    rank = Rank(options)
-    rows = measure(rank, options.seconds)
-    if hvd.rank() == 0:
+    others = (_Horovod if any(map(needs_horovod, options.methods)) else _Torch)(options)
+    turns = Turns(options.turns, others.rank)
+    turns.wait()
+    rank = Rank(options, others)
+    rows = measure(rank, options.seconds, turns)
+    if others.rank == 0:
         write_rows(options.out, [{"numel": rank.numel} | row for row in rows])
-    hvd.barrier()
+    others.barrier()
 
 
 if __name__ == "__main__":
