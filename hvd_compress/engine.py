@@ -188,12 +188,6 @@ class Bucket:
             if spans is not None:
                 spans.end("exchange", self.key)
 
-    def run(self) -> None:
-        """Post and finish all rounds."""
-        self.post()
-        while not self.finished.is_set():
-            self.advance(block=True)
-
 
 @dataclass(frozen=True)
 class _Posted:

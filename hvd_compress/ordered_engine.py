@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import queue
 import threading
 import weakref
@@ -11,6 +12,7 @@ from .engine import Bucket, Engine, Ticket
 from .transports.base import Transport
 
 _CLOSING_SECONDS = 5.0
+_LOOK_SECONDS = 5e-4  # between looks for answers while the next bucket is waited for
 
 
 class OrderedEngine(Engine):
@@ -74,16 +76,10 @@ class _Interval:
             self.flushed = True
             self.changed.notify()
 
-    def take(self, key: str) -> Bucket | None:
-        """Wait for the bucket `key`; None if there is none in this interval."""
+    def wait_for(self, key: str | None, seconds: float | None) -> bool:
+        """For the bucket `key`, or for the flush after which there will be none, at most so long; whether it came."""
         with self.changed:
-            self.changed.wait_for(lambda: key in self.launched or self.flushed)
-            return self.launched.pop(key, None)
-
-    def take_rest(self) -> dict[str, Bucket]:
-        with self.changed:
-            self.changed.wait_for(lambda: self.flushed)
-            return self.launched
+            return self.changed.wait_for(lambda: key in self.launched or self.flushed, seconds)
 
 
 class _Runner:
@@ -137,10 +133,39 @@ class _Runner:
             self.failure = error
 
     def _run(self, interval: _Interval) -> None:
+        landing: collections.deque[Bucket] = collections.deque()
         for key in self._order:
-            if bucket := interval.take(key):
-                bucket.run()
-        if rest := interval.take_rest():  # seen for the first time, on every rank alike
+            self._await(interval, key, landing)
+            if bucket := interval.launched.pop(key, None):
+                _post(bucket, landing)
+        self._await(interval, None, landing)
+        if rest := interval.launched:  # seen for the first time, on every rank alike
             for key in self._transport.broadcast_object(list(rest), root=0):
-                rest[key].run()
+                _post(rest[key], landing)
                 self._order.append(key)
+        _land(landing)
+
+    def _await(self, interval: _Interval, key: str | None, landing: collections.deque[Bucket]) -> None:
+        """Wait for the bucket `key`, None for the flush; meanwhile take the answers of those that have been posted."""
+        while not interval.wait_for(key, _LOOK_SECONDS if landing else None):
+            landing[0].advance(block=False)
+            if landing[0].finished.is_set():
+                landing.popleft()
+
+
+def _post(bucket: Bucket, landing: collections.deque[Bucket]) -> None:
+    """Let the next bucket be posted at once where nothing of this one follows; else run it to its end.
+
+    Answers are taken in the order of the buckets, on every rank alike: they may need a collective more.
+    """
+    bucket.post()
+    landing.append(bucket)
+    if not bucket.last:
+        _land(landing)
+
+
+def _land(landing: collections.deque[Bucket]) -> None:
+    while landing:
+        bucket = landing.popleft()
+        while not bucket.finished.is_set():
+            bucket.advance(block=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..requests import ReduceOp
 from .base import Pending, PolledPending, Transport
+from .rooms import Rooms, lengths_of, messages_of, padded, rest_of, unsent
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
-_LEAVING = 1  # tag of the message of a rank that takes part no longer
+_LEAVING, _REST = 1, 2  # tags: a rank takes part no longer; what of its message did not fit where it was gathered
 _PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for such messages
 _LINGER_SECONDS = 60.0  # at the end of the program, for the other ranks to come to theirs
 _POLL_SECONDS = 0.01
@@ -62,6 +63,7 @@ class MPITransport(Transport):
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm.Dup()
+        self._rooms = Rooms()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.posted = 0  # collectives so far, the same ones on every rank
         self._left: dict[int, int] = {}  # how many of them the ranks took part in that do so no longer
@@ -83,10 +85,38 @@ class MPITransport(Transport):
         return _MPIPending(self, requests, lambda: received.to(tensor.device), array)
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        mine = _joined(parts)
+        mine, room = _joined(parts), self._rooms.of(name)
+        if room is None or room * self.size > CHUNK_BYTES:
+            return self._allgather_any(name, mine)
+        message = torch.from_numpy(mine)
+        row = padded(message, room)
+        rows = torch.empty(self.size, room, dtype=torch.uint8)
+
+        def answer() -> list[Tensor]:
+            lengths = lengths_of(rows)
+            self._rooms.learn(name, max(lengths))
+            return messages_of(rows, lengths, self._rests(unsent(lengths, room), rest_of(message, room)))
+
+        return _MPIPending(self, [self.comm.Iallgather(row.numpy(), rows.numpy())], answer, row)
+
+    def _rests(self, sizes: Sequence[int], mine: Tensor) -> dict[int, Tensor]:
+        """By rank, what did not fit of its message; nothing where all did. Waits."""
+        rests = {rank: mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes) if size}
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        theirs = [(rank, chunk) for rank in others if sizes[rank] for chunk in _chunks(rests[rank].numpy())]
+        requests = [self.comm.Irecv(chunk, rank, _REST) for rank, chunk in theirs]
+        if self.rank in rests:
+            requests += [self.comm.Isend(chunk, rank, _REST) for rank in others for chunk in _chunks(mine.numpy())]
+        if requests:
+            _MPIPending(self, requests, lambda: None, rests).wait()
+        return rests
+
+    def _allgather_any(self, name: str, mine: np.ndarray) -> Pending:
+        """Of messages whose lengths nobody knows yet, or which one call cannot gather."""
         lengths = np.empty(self.size, dtype=np.int64)
         length = np.array([mine.size], dtype=np.int64)
         _MPIPending(self, [self.comm.Iallgather(length, lengths)], lambda: None, length).wait()
+        self._rooms.learn(name, int(lengths.max()))
         requests, rounds = [], []
         for start, step in self._rounds(int(lengths.max())):
             landing, counts = _landing(lengths, start, step)

@@ -7,6 +7,7 @@ Tried on Gloo alone. NCCL carries tensors of a GPU only: frames are moved there 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..requests import ReduceOp
-from .base import Pending, PolledPending, Transport
+from .base import Pending, PolledPending, Then, Transport
+from .rooms import Rooms, lengths_of, messages_of, padded, rest_of, unsent
 
 _PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for ranks that have left
 _LEAVERS = "leavers"  # in the store: how many ranks take part no longer
@@ -75,6 +77,8 @@ class TorchTransport(Transport):
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.posted = 0  # collectives so far, the same ones on every rank
         self._device = _device(config)
+        self._rooms = Rooms()
+        self._rested = 0  # how often messages did not fit their rooms: the tag of what follows
         self._gone = False
         self._store: dist.Store | None = None
         # A name of its own: torchrun may keep the store, with all that is in it, when it restarts the ranks.
@@ -103,7 +107,41 @@ class TorchTransport(Transport):
         """The same parts to everyone: on Gloo, an allgather of large messages takes several times as long as this, and
         none knows lengths that differ.
         """
-        return self.alltoall(name, [parts] * self.size)
+        if self._device.type != "cpu":
+            return self.alltoall(name, [parts] * self.size)
+        if (room := self._rooms.of(name)) is None:
+            return Then(self.alltoall(name, [parts] * self.size), functools.partial(self._learn, name))
+        message = _joined(parts)
+        sent = padded(message, room).repeat(self.size, 1)
+        rows = torch.empty_like(sent)
+
+        def answer() -> list[Tensor]:
+            lengths = lengths_of(rows)
+            self._rooms.learn(name, max(lengths))
+            return messages_of(rows, lengths, self._rests(unsent(lengths, room), rest_of(message, room)))
+
+        return self._post(self._exchange(rows, sent, None, None), answer, sent)
+
+    def _learn(self, name: str, messages: list[Tensor]) -> list[Tensor]:
+        self._rooms.learn(name, max(message.numel() for message in messages))
+        return messages
+
+    def _rests(self, sizes: Sequence[int], mine: Tensor) -> dict[int, Tensor]:
+        """By rank, what did not fit of its message; nothing where all did. Waits."""
+        rests = {rank: mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes) if size}
+        if not rests:
+            return rests
+        self._rested += 1  # the same on all ranks, which take answers in the same order
+        peers = {rank: dist.get_global_rank(self.group, rank) for rank in range(self.size) if rank != self.rank}
+        with self.explained():
+            works: list[Any] = [
+                dist.irecv(rests[rank], peer, self.group, self._rested) for rank, peer in peers.items() if sizes[rank]
+            ]
+            if self.rank in rests:
+                works += [dist.isend(mine, peer, self.group, self._rested) for peer in peers.values()]
+            for work in works:
+                work.wait()
+        return rests
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
         outgoing = [sum(part.numel() for part in destination) for destination in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from hvd_compress import wire
 from hvd_compress.compressors import Compressor, Step
-from hvd_compress.engine import Engine
+from hvd_compress.engine import Engine, Ticket
 from hvd_compress.ordered_engine import OrderedEngine
 from hvd_compress.requests import Allgather, Allreduce, Exchange, ReduceOp
 from hvd_compress.transports.base import Pending, Transport
@@ -202,6 +203,48 @@ def test_threads_change_nothing_in_what_is_posted():
     order = ["3", "2", "1", "0"]  # rank 0 hands in from the first parameter to the last
     expected = [f"hvd_compress.{number}.0.allgather" for number in order]
     assert names[0] == ["hvd_compress.object", *expected * 3]
+
+
+def gathers_once(index: int, rank: int) -> Exchange:
+    """As `gathers`, and says that nothing follows."""
+    exchange = gathers(index, rank)
+    frames = yield dataclasses.replace(next(exchange), last=True)
+    with pytest.raises(StopIteration) as end:
+        exchange.send(frames)
+    return end.value.value
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_bucket_of_one_round_does_not_hold_up_the_next(threaded):
+    """A rank posts it, and what follows it, before others have posted any; those of several rounds are waited for."""
+    world = Rendezvous(2)
+    engines = [OrderedEngine(transport, [[2], [1], [0]], threaded=threaded) for transport in world.transports]
+
+    def hand_in(rank: int, exchanges: Sequence[Callable[[int, int], Exchange]]) -> list[Ticket]:
+        tickets = [engines[rank].submit(index, exchanges[index](index, rank)) for index in (2, 1, 0)]
+        if threaded:
+            engines[rank].flush()
+        return tickets
+
+    def train(rank: int, exchanges: Sequence[Callable[[int, int], Exchange]]) -> list[float]:
+        return [float(engines[rank].finish(ticket)) for ticket in hand_in(rank, exchanges)]
+
+    once, several = [gathers_once] * 3, [gathers_once, gathers, gathers_once]
+    assert on_all(2, lambda rank: train(rank, once)) == [[2.0, 1.0, 0.0]] * 2  # which gives the order
+    before = world.transports[0].count
+    for exchanges, posted in ((once, 3), (several, 2)):
+        ahead = threading.Thread(target=train, args=(0, exchanges))
+        ahead.start()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while world.transports[0].count < before + posted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)  # in which it could post more
+        assert world.transports[0].count == before + posted
+        assert train(1, exchanges) == [2.0, 1.0, 0.0]
+        ahead.join()
+        before = world.transports[0].count
+    for engine in engines:
+        engine.close()
 
 
 def test_buckets_travel_while_others_are_still_to_come():
