@@ -22,6 +22,7 @@ from .gradient_compression import GradientCompression, say_single_rank
 from .ordered_engine import OrderedEngine
 from .transports.torch_distributed import TorchTransport
 
+_BUCKET_BYTES = 25 << 20  # as DDP's own, which hand in their gradients when they are full
 _exchanges: weakref.WeakKeyDictionary[GradientCompression, BucketExchange] = weakref.WeakKeyDictionary()
 
 
@@ -54,7 +55,8 @@ def attach(compression: GradientCompression, process_group: Optional[dist.Proces
         say_single_rank(compression.compressor)
     compression.unregister()
     fingerprint.check(transport, "hvd_compress.check", {"0": compression.description()})
-    compression.attach(transport, functools.partial(OrderedEngine, threaded=transport.size > 1))
+    engine = functools.partial(OrderedEngine, threaded=transport.size > 1)
+    compression.attach(transport, engine, bucket_bytes=_BUCKET_BYTES)
     _watch_optimizers()
     exchange = _exchanges[compression] = BucketExchange(compression, transport)
     return exchange

@@ -41,7 +41,8 @@ class GradientCompression(Session):
     exclude: names, or patterns in the style of `fnmatch`, of parameters that are not compressed.
     seed: of the random numbers of stochastic compressors.
     process_set: the horovod.torch.ProcessSet that the optimizer reduces over; None for all ranks.
-    bucket_bytes: gradients are exchanged together in buckets of about this size.
+    bucket_bytes: gradients are exchanged together in buckets of about this size; None for 8 MB, and for 25 MB in
+        DistributedDataParallel, as its own are.
     topology: "gather", everyone sends to everyone; "scatter", every rank adds up a part of each bucket, so that traffic
         does not grow with the ranks; "hierarchical", gradients are added up uncompressed inside a node, and each of its
         ranks exchanges a share with other nodes; "auto", one of the first two, by the method and the number of ranks.

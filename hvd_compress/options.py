@@ -17,7 +17,7 @@ class Options:
     exclude: str | Sequence[str] = ()
     seed: int = 0
     process_set: Any = None
-    bucket_bytes: int = 8 << 20
+    bucket_bytes: int | None = None
     overlap: bool = True
     topology: str = AUTO
     ranks_per_node: int | None = None
@@ -26,7 +26,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.min_numel < 0:
             raise ValueError(f"min_numel must not be negative: {self.min_numel}")
-        if self.bucket_bytes < 1:
+        if self.bucket_bytes is not None and self.bucket_bytes < 1:
             raise ValueError(f"bucket_bytes must be at least 1: {self.bucket_bytes}")
         if self.delay not in (0, 1):
             raise ValueError(f"delay must be 0 or 1 step: {self.delay}")

@@ -40,6 +40,7 @@ from .transports.base import Transport
 
 CONTROL, OPENING, CLOSING = range(3)  # indices after those of the parameters
 
+BUCKET_BYTES = 8 << 20  # of gradients that travel together
 NONE = NoneCompressor()
 _SPARSE = SparseGatherer()
 
@@ -161,9 +162,17 @@ class Session:
     # Ranks
 
     def attach(
-        self, transport: Transport, make_engine: Callable[..., Engine] = Engine, *, compressed_only: bool = False
+        self,
+        transport: Transport,
+        make_engine: Callable[..., Engine] = Engine,
+        *,
+        compressed_only: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> Engine:
-        """Exchange over `transport` from now on; `make_engine(transport, plan)` runs the exchanges."""
+        """Exchange over `transport` from now on; `make_engine(transport, plan)` runs the exchanges.
+
+        bucket_bytes: where the user has not said how much is to travel together.
+        """
         everything = not compressed_only or self.compressor.takes_all
         plan = [index for index, slot in enumerate(self.slots) if everything or slot.parameter.compressed]
         sizes = {index: self.parameters[index].numel() * self.parameters[index].element_size() for index in plan}
@@ -174,7 +183,7 @@ class Session:
         self._divisor = self._wanted_divisor = 1.0
         for slot in self.slots:
             slot.step, slot.cache = Step(self._state.steps, transport.rank, transport.size), None
-        buckets = cut(sizes, self.options.bucket_bytes)
+        buckets = cut(sizes, self.options.bucket_bytes or bucket_bytes)
         self.routing.attach(transport, buckets, self.slots)
         self._fold()
         # What is not of a parameter goes under the indices after the parameters'.

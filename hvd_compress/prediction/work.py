@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compressors import SummedCompressor
 from ..gradient_compression import GradientCompression
 from ..local import LocalRanks
+from ..session import BUCKET_BYTES
 from .traffic import Collective, Recorder
 
 Named = Sequence[tuple[str, Tensor]]
@@ -87,7 +88,7 @@ def measured(make: Make, named: Named, ranks: int, ranks_per_node: int = 1, *, s
     return Work(
         parameters=sum(tensor.numel() for _, tensor in named),
         tensors=len(named),
-        bucket_bytes=first.options.bucket_bytes,
+        bucket_bytes=first.options.bucket_bytes or BUCKET_BYTES,
         encode_seconds=scale * seconds["encode"],
         decode_seconds=scale * seconds["decode"],
         rounds=_rounds(recorder.collectives, scale),

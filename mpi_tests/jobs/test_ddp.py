@@ -63,3 +63,12 @@ def test_the_script_that_tries_a_device_runs_on_the_cpu():
     ended = run_program("torchrun", 2, SCRIPTS / "ddp_device.py", "cpu", timeout_seconds=60)
     assert ended.code == 0, str(ended)
     assert re.findall(r"^(.+): loss 0", ended.of_rank(0), re.MULTILINE)[:3] == ["ddp alone", "none", "topk of all"]
+
+
+@pytest.mark.parametrize("framework", ["lightning", "accelerate"])
+def test_frameworks_that_wrap_ddp_train_with_the_hook(framework):
+    """With accumulation and clipping by the framework; where all is sent, as DDP alone."""
+    ended = run_program("torchrun", 2, SCRIPTS / f"ddp_{framework}.py", timeout_seconds=120)
+    assert ended.code == 0, str(ended)
+    said = dict(re.findall(r"^(.+): (\S+) from DDP alone, .* times fewer bytes", ended.of_rank(0), re.MULTILINE))
+    assert float(said["topk of all"]) < 1e-6 < float(said["topk"])

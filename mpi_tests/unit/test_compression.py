@@ -81,7 +81,7 @@ def test_what_is_printed_tells_everything_that_differs():
 def test_what_is_printed_is_the_whole_configuration():
     assert repr(Compression.topk(model().named_parameters(), density=0.25, exclude="1.*")) == (
         "Compression.topk(density=0.25, value_bits=32, min_numel=1024, exclude=('1.*',), seed=0, process_set=None, "
-        "bucket_bytes=8388608, overlap=True, topology='auto', ranks_per_node=None, delay=0)"
+        "bucket_bytes=None, overlap=True, topology='auto', ranks_per_node=None, delay=0)"
     )
 
 
