@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node 2 mpi_tests/jobs/scripts/ddp_lightning.py
 """
 
+import os
 import warnings
 
 import lightning
@@ -55,7 +56,7 @@ def train(*callbacks):
     module = Digits()
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=dist.get_world_size() if dist.is_initialized() else "auto",
+        devices=int(os.environ["WORLD_SIZE"]),
         strategy=DDPStrategy(process_group_backend="gloo"),
         max_epochs=2,
         accumulate_grad_batches=2,
