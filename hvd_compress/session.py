@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
+import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,12 +33,13 @@ from .compressors import (
 from .compressors.gradients import max_abs
 from .engine import Engine, Ticket, cut
 from .late import Late
+from .log import log
 from .memory import DELAYED, FRAMES, POSITIONS, SUMS, ErrorFeedback, Held, added, merged, storage_bytes
 from .options import Options
 from .requests import Total
 from .routing import Routing
 from .states import gather
-from .telemetry import Telemetry
+from .telemetry import Telemetry, summary
 from .transports.base import Transport
 
 CONTROL, OPENING, CLOSING = range(3)  # indices after those of the parameters
@@ -201,6 +205,9 @@ class Session:
 
     def _record_as_the_operator_asks(self, rank: int) -> None:
         telemetry = self.telemetry
+        if rank == 0 and self.size > 1 and log.isEnabledFor(logging.INFO):
+            telemetry.watch_time()
+            _to_sum_up[self] = self.size
         if telemetry.file is None and (path := environment.file_for(environment.TELEMETRY, rank)) is not None:
             telemetry.write_to(path)
         if telemetry.trace is None and (path := environment.file_for(environment.TRACE, rank)) is not None:
@@ -474,6 +481,12 @@ class Session:
         found = {"compressed": slot.parameter.compressed, **self._now.looked_at.pop(index, {})}
         telemetry.record(slot.name, raw_bytes, sent_bytes, step=self._state.steps, **found)
 
+    def summary(self) -> str:
+        """What was sent so far, how long this rank waited where that is watched, and what no compression would take on
+        this link. HVD_COMPRESS_LOG=info has rank 0 say it at the end of the job.
+        """
+        return summary(self.telemetry, self.size)
+
     def memory_held(self) -> Held:
         """What this rank holds now of all that outlives a step, measured; see `memory_needed`."""
         frames = (slot.workspace.frame for slot in self.slots)
@@ -592,6 +605,16 @@ class Session:
         self._drop_step()
         if self._engine:
             self._fold()
+
+
+_to_sum_up: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()  # and their ranks
+
+
+@atexit.register
+def _sum_up() -> None:
+    """What an operator who asks for information learns at the end."""
+    for session, ranks in _to_sum_up.items():
+        log.info("%r: %s", session, summary(session.telemetry, ranks))
 
 
 def _laid_out(total: Tensor, like: Tensor) -> Tensor:

@@ -49,13 +49,17 @@ class Telemetry:
         self.history = deque(self.history, maxlen=records)
         self.errors = errors
 
+    def watch_time(self) -> None:
+        """From now on measure where the time goes, if it is not measured yet."""
+        if self.spans is None:
+            self.watch()
+
     def write_to(self, path: str | Path) -> None:
         """From now on append all records, as of `to_jsonl`, to a file: some thousands at a time, the rest at exit.
 
         What `watch` keeps is kept besides. A file that cannot be written is told once, and then left alone.
         """
-        if self.spans is None:
-            self.watch()
+        self.watch_time()
         self.file = LogFile(path)
 
     def trace_to(self, path: str | Path, *, rank: int = 0) -> None:

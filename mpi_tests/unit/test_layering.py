@@ -151,7 +151,9 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             f"hvd_compress.adaptive.{name}"
             for name in ("controller", "costs", "journal", "lasting", "layers", "link", "options", "policies", "solver")
         },
-        "telemetry": {f"hvd_compress.telemetry.{name}" for name in ("export", "log_file", "records", "spans", "trace")},
+        "telemetry": {
+            f"hvd_compress.telemetry.{name}" for name in ("counts", "export", "log_file", "records", "spans", "trace")
+        },
         "training": {
             f"hvd_compress.training.{name}" for name in ("by_parameter", "masks", "momentum", "pruned", "schedule")
         },
