@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -207,7 +206,7 @@ class Session:
         telemetry = self.telemetry
         if rank == 0 and self.size > 1 and log.isEnabledFor(logging.INFO):
             telemetry.watch_time()
-            _to_sum_up[self] = self.size
+            _to_sum_up[id(telemetry)] = repr(self), telemetry, self.size
         if telemetry.file is None and (path := environment.file_for(environment.TELEMETRY, rank)) is not None:
             telemetry.write_to(path)
         if telemetry.trace is None and (path := environment.file_for(environment.TRACE, rank)) is not None:
@@ -607,14 +606,14 @@ class Session:
             self._fold()
 
 
-_to_sum_up: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()  # and their ranks
+_to_sum_up: dict[int, tuple[str, Telemetry, int]] = {}  # with whose it is, and how many ranks
 
 
 @atexit.register
 def _sum_up() -> None:
     """What an operator who asks for information learns at the end."""
-    for session, ranks in _to_sum_up.items():
-        log.info("%r: %s", session, summary(session.telemetry, ranks))
+    for whose, telemetry, ranks in _to_sum_up.values():
+        log.info("%s: %s", whose, summary(telemetry, ranks))
 
 
 def _laid_out(total: Tensor, like: Tensor) -> Tensor:
