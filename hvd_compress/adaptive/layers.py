@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compressors import Compressor, PowerSGDCompressor, Slot
+from ..compressors import Compressor, Slot
 
 
 class Adaptable(Protocol):
@@ -29,6 +29,13 @@ class Adaptable(Protocol):
 
     def payload_bytes(self, shape: torch.Size, rate: float) -> int:
         """What a rank sends of it at this rate, frame included."""
+
+    def messages(self, shape: torch.Size, rate: float) -> int:
+        """In how many messages, one after the other."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether messages are gathered; else they are added up on their way."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +104,8 @@ def payload_table(compressor: Any, layers: Sequence[Layer]) -> np.ndarray:
 
 
 def message_table(compressor: Any, layers: Sequence[Layer]) -> np.ndarray:
-    """In how many messages a gradient travels, float64 [layers, candidates]: PowerSGD takes two for its factors."""
-
-    def messages(layer: Layer, rate: float) -> int:
-        dense = compressor.payload_bytes(layer.shape, rate) >= 4 * layer.shape.numel()
-        return 2 if isinstance(compressor, PowerSGDCompressor) and not dense else 1
-
-    return _padded([[messages(layer, rate) for rate in layer.rates] for layer in layers], 1)
+    """In how many messages a gradient travels, float64 [layers, candidates]."""
+    return _padded([[compressor.messages(layer.shape, rate) for rate in layer.rates] for layer in layers], 1)
 
 
 def error_table(

@@ -59,7 +59,7 @@ class Planner(Controller):
         super().bind(compressor, slots)
         payload_table(compressor, self._layers(0))  # raises for rates that cannot be
         if self.options.objective == "time" and self.options.link is None:
-            self.link = Link(gathers=not hasattr(compressor, "approximation_rank"))
+            self.link = Link(gathers=self.compressor.gathers)
 
     def description(self) -> str:
         options = {name: value for name, value in vars(self.options).items() if name != "log"}

@@ -29,6 +29,7 @@ class Compressor(abc.ABC):
     takes_all: ClassVar[bool] = False  # whether it sees the parameters that are not compressed, too
     replaces: ClassVar[str] = ""  # what it does in place of the optimizer
     slow_with_adam: ClassVar[bool] = False  # whether Adam was seen to learn more slowly by what it sends
+    gathers: ClassVar[bool] = False  # whether its messages are gathered; else they are added up on their way
     label: ClassVar[str] = ""  # of its method of Compression, where that is not the name of the class
 
     def chosen(self, slot: Slot) -> Compressor | None:
@@ -82,6 +83,10 @@ class Compressor(abc.ABC):
     def sent(self, slot: Slot) -> Sent | None:
         """What a rank gives to collectives for a float32 gradient at the present rate, about; None where unknown."""
         return None
+
+    def messages(self, shape: torch.Size, rate: float) -> int:
+        """In how many messages, one after the other, a gradient of `shape` travels at this rate."""
+        return 1
 
     def held(self, slot: Slot) -> dict[str, int]:
         """Bytes that a rank holds between steps for a float32 gradient at the present rate: by what, as memory.Held."""

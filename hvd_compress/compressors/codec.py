@@ -38,6 +38,8 @@ class Codec(Compressor):
     `exchange` moves one gradient by itself. Topologies move many together, by the same frames.
     """
 
+    gathers = True
+
     def common(self, slot: Slot, gradient: Tensor) -> float | None:
         """What all ranks must know the largest of before they encode; infinity for a gradient that is not finite.
 

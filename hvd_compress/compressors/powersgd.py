@@ -101,6 +101,10 @@ class PowerSGDCompressor(Compressor):
         rank = rank_of(shape, rate)
         return 4 * (rank * sum(matrix_shape(shape)) if rank else shape.numel())
 
+    def messages(self, shape: torch.Size, rate: float) -> int:
+        """One for each factor."""
+        return 2 if rank_of(shape, rate) else 1
+
     def errors(self, gradient: Tensor, rates: Sequence[float]) -> list[float]:
         """Frobenius norm of gradient - C(gradient) at each of these approximation ranks, of a warm start.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from .counts import Telemetry
 from .records import Collective
 
-_LEAST_BYTES = 16 << 10  # of a message that tells something about the link: shorter ones are latency
+_LEAST_BYTES = 256 << 10  # of a message that tells something about a link: most of what shorter ones take is latency
 _LEAST_SAMPLES = 20
 
 
