@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from . import environment
-from .adaptive import Accordion, FracTrain, LGreCo, Options, Planner, Policy, Replay, TimeCost, Trials
+from .adaptive import Accordion, FracTrain, LGreCo, Options, Planner, Policy, Replay, TimeCost, Timetable, Trials
 from .binding import NamedParameters
 from .compressors import (
     AdaCompCompressor,
@@ -115,7 +115,7 @@ class Compression:
             slowest rank. One that is not faster than none by 2 % is not taken.
         log: file that rank 0 appends each decision to, with what it was made from.
         """
-        trials = Trials(interval=interval, steps=steps, rounds=rounds, log=log)
+        trials = Trials(Timetable(interval, steps, rounds), log=log)
         compression = _bound(OneOfCompressor(candidates(optimizer, accuracy)), named_parameters, options)
         return compression if environment.is_off() or environment.method() else compression.adapt(trials)
 

@@ -6,7 +6,7 @@ from .options import Options
 from .planner import Planner
 from .policies import Accordion, FracTrain, LGreCo, Policy
 from .solver import Plan, solve
-from .trials import Trials
+from .trials import Timetable, Trials
 
 __all__ = [
     "Accordion",
@@ -19,6 +19,7 @@ __all__ = [
     "Policy",
     "Replay",
     "TimeCost",
+    "Timetable",
     "Trials",
     "bytes_cost",
     "solve",

@@ -18,11 +18,10 @@ from .policies import Policy
 
 
 class Controller:
-    """Gives slots their rates. A session calls it as a step goes by; what it does in between is up to subclasses."""
+    """Decides how gradients travel. A session calls it as a step goes by; what it does then is up to subclasses."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.number = 0  # of the plan in force; 0 before the first one
+    def __init__(self) -> None:
+        self.number = 0  # of the decision in force; 0 before the first one
         self.rates: dict[str, float] = {}  # of the plan in force, by parameter
         # Without the loss scale: by parameter, float32 [numel] of this rank; and those of the kind AGGREGATE.
         self.accumulated: dict[str, Tensor] = {}
@@ -30,8 +29,9 @@ class Controller:
         self.sent_bytes = 0
 
     def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
-        """Learn what is to be compressed; raises ValueError for what has no rates to choose from."""
-        self.compressor, self.slots = check_adaptable(compressor), slots
+        """Learn what is to be compressed; raises ValueError for what leaves nothing to decide."""
+        self.compressor: Any = compressor
+        self.slots = slots
 
     def description(self) -> str:
         """Equal on ranks whose controllers are made alike."""
@@ -40,7 +40,6 @@ class Controller:
     def attach(self, transport: Transport) -> None:
         """Start on these ranks; all of them call it."""
         self.drop()
-        self._give()
 
     def submitting(self, engine: Engine, slot: Slot, gradient: Tensor) -> None:
         """Before the exchange of a gradient starts."""
@@ -67,15 +66,37 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """What is the same on all ranks; JSON-serializable."""
-        return {"number": self.number, "rates": dict(self.rates)}
+        return {"number": self.number}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.drop()
-        self.number, self.rates = state["number"], dict(state["rates"])
-        self._give()
+        self.number = state["number"]
 
     def load_accumulated(self, accumulated: Mapping[str, Tensor]) -> None:
         self.accumulated = {name: total.detach().clone() for name, total in accumulated.items()}
+
+
+class RateController(Controller):
+    """Gives every slot its rate."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
+        super().bind(check_adaptable(compressor), slots)
+
+    def attach(self, transport: Transport) -> None:
+        super().attach(transport)
+        self._give()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"rates": dict(self.rates)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rates = dict(state["rates"])
+        self._give()
 
     def _initial(self, slot: Slot) -> float | None:
         has_choice = slot.parameter.compressed and self.compressor.candidates(slot.parameter.shape)
@@ -88,7 +109,7 @@ class Controller:
                 slot.rate, slot.cache = rate, None
 
 
-class Replay(Controller):
+class Replay(RateController):
     """Repeats the plans of a log that every rank can read; before the first one, rates are those of `policy`."""
 
     def __init__(self, path: str | Path, policy: Policy) -> None:

@@ -21,7 +21,7 @@ from ..transports.base import Transport
 from ..transports.local import LocalTransport
 from ..wire import WireError
 from . import journal
-from .controller import Controller
+from .controller import RateController
 from .lasting import lasting_errors, reached_share
 from .layers import Layer, error_table, layers_of, message_table, payload_table, present_rate
 from .link import Link
@@ -32,7 +32,7 @@ _NORMS = "of what was received"  # in states; those without it are of something 
 _LOSS = ":loss"  # among what is accumulated: float64 [2], the sum of what this rank was told and how many these were
 
 
-class Planner(Controller):
+class Planner(RateController):
     """Adds up gradients before a decision, and has rank 0 decide on the sum of all ranks' errors.
 
     The tables travel to rank 0 and the plan back beside the gradients of one step. It holds from the next step on: by

@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,73 +26,112 @@ from .controller import Controller
 _WARM_UP = 2  # steps after a change, which are not counted
 
 
+@dataclass(frozen=True)
+class Timetable:
+    """Which steps try what: `rounds` of `steps` with each candidate, and again `interval` steps later."""
+
+    interval: int = 2000
+    steps: int = 8
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("interval", 1), ("steps", _WARM_UP + 1), ("rounds", 1)):
+            value = getattr(self, name)
+            if value != int(value) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}: {value}")
+
+    def length(self, candidates: int) -> int:
+        """Steps of a trial."""
+        return self.rounds * self.steps * candidates
+
+    def place(self, step: int, candidates: int) -> int:
+        """Where in a trial, or after it, a step is; `step` counts from the first one of all trials."""
+        return step % (self.length(candidates) + self.interval)
+
+    def tried(self, step: int, candidates: int) -> int | None:
+        """The candidate that a step tries; None between trials."""
+        place = self.place(step, candidates)
+        return place // self.steps % candidates if place < self.length(candidates) else None
+
+    def counts(self, step: int, candidates: int) -> bool:
+        """Whether it is none of those just after a change."""
+        return self.place(step, candidates) % self.steps >= _WARM_UP
+
+
+class Stopwatch:
+    """Times steps, from the first gradient of each to that of the next."""
+
+    def __init__(self) -> None:
+        self.last = -1  # the step whose first gradient came last,
+        self.began = math.nan  # and when
+        self.seconds: dict[int, list[float]] = {}  # by candidate
+
+    def gradient_of(self, step: int) -> float | None:
+        """Seconds of the step before, if this gradient is the first one of `step`, which follows it."""
+        if step == self.last:
+            return None
+        now = time.perf_counter()
+        took = now - self.began if step == self.last + 1 and self.last >= 0 else None
+        self.began, self.last = now, step
+        return took
+
+    def medians(self, candidates: int) -> list[float]:
+        """Of each candidate; infinite where there is none. Starts anew."""
+        found = [statistics.median(self.seconds.get(candidate, [math.inf])) for candidate in range(candidates)]
+        self.seconds.clear()
+        return found
+
+
 class Trials(Controller):
-    """Tries all candidates in turn, then goes on with the fastest; and again after `interval` steps.
+    """Tries all candidates in turn, then goes on with the fastest; and again after a while.
 
     A step counts from its first gradient to that of the next, on the slowest rank, so that it has in it all that a
     method costs and hides. Of several steps the median counts. All ranks take the same decision, from the same numbers.
 
-    steps: of each candidate in a round. rounds: of all candidates. margin: part of its time that a step must be faster
-    than one without compression, or there is none.
+    margin: part of its time that a step must be faster than one without compression, or there is none.
     """
 
     def __init__(
-        self,
-        *,
-        interval: int = 2000,
-        steps: int = 8,
-        rounds: int = 2,
-        margin: float = 0.02,
-        log: str | Path | None = None,
+        self, timetable: Timetable = Timetable(), *, margin: float = 0.02, log: str | Path | None = None
     ) -> None:
-        for name, value, least in (("interval", interval, 1), ("steps", steps, _WARM_UP + 1), ("rounds", rounds, 1)):
-            if value != int(value) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}: {value}")
+        super().__init__()
         if not 0 <= margin < 1:
             raise ValueError(f"margin must be in [0, 1): {margin}")
-        self.interval, self.steps, self.rounds, self.margin = interval, steps, rounds, margin
-        self._log = log
-        # As of every controller, for what does not change by layer.
-        self.number, self.rates, self.accumulated, self.seconds, self.sent_bytes = 0, {}, {}, 0.0, 0
+        self.timetable, self.margin, self._log = timetable, margin, log
+        self.watch = Stopwatch()
         self._alone = False  # a single rank
         self._best = 0  # the candidate that was fastest
         self._step = self._start = 0  # that is to come, or under way; and the first one of the trials
-        self._last = -1  # the step whose first gradient came last,
-        self._began = math.nan  # and when
-        self._seconds: dict[int, list[float]] = {}  # of this trial's steps, by candidate
         self._ticket: Ticket | None = None
         self._decided: Tensor | None = None  # seconds of all candidates on the slowest rank
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = {name: getattr(self, name) for name in ("interval", "steps", "rounds", "margin")}
-        return functools.partial(type(self), log=self._log, **options), ()
+        return functools.partial(type(self), self.timetable, margin=self.margin, log=self._log), ()
 
     def bind(self, compressor: Compressor, slots: Sequence[Slot]) -> None:
         if not isinstance(compressor, OneOfCompressor):
             raise ValueError(f"{type(compressor).__name__} has nothing to try: it is one method")
-        self.compressor, self.slots = compressor, slots
+        super().bind(compressor, slots)
 
     def description(self) -> str:
-        return f"trials of {self.steps} steps, {self.rounds} rounds, every {self.interval}, margin {self.margin}"
+        return f"{self.timetable}, margin {self.margin}"
 
     def attach(self, transport: Transport) -> None:
         """On other ranks, or another network, what was found out says nothing."""
-        self.drop()
+        super().attach(transport)
         self._alone = transport.size == 1
-        self._seconds.clear()
-        self._last, self._start = -1, self._step
+        self.watch, self._start = Stopwatch(), self._step
         self._choose()
 
     # Steps
 
     def submitting(self, engine: Engine, slot: Slot, gradient: Tensor) -> None:
-        if slot.step.number == self._last:
-            return
-        now = time.perf_counter()
-        if slot.step.number == self._last + 1 and self._last >= 0:
-            self._note(self._last, now - self._began)
-        self._began, self._last = now, slot.step.number
-        if not self._alone and self._place(slot.step.number) == self._length:
+        step = slot.step.number
+        is_first = step != self.watch.last
+        if (took := self.watch.gradient_of(step)) is not None and not self._alone:
+            self._note(step - 1, took)
+        since, count = step - self._start, len(self.compressor.candidates)
+        if is_first and not self._alone and self.timetable.place(since, count) == self.timetable.length(count):
             self._ticket = engine.submit(len(self.slots), self._decide())
 
     def finishing(self, engine: Engine) -> None:
@@ -109,40 +149,27 @@ class Trials(Controller):
     def drop(self) -> None:
         self._ticket = self._decided = None
 
-    @property
-    def _length(self) -> int:
-        """Steps of a trial."""
-        return self.rounds * self.steps * len(self.compressor.candidates)
-
-    def _place(self, step: int) -> int:
-        """Since the last trial began, or the first."""
-        return (step - self._start) % (self._length + self.interval)
-
-    def _candidate(self, step: int) -> int:
-        if self._alone:
-            return 0
-        place = self._place(step)
-        return place // self.steps % len(self.compressor.candidates) if place < self._length else self._best
+    def _tried(self, step: int) -> int | None:
+        return self.timetable.tried(step - self._start, len(self.compressor.candidates))
 
     def _choose(self) -> None:
-        candidate = self._candidate(self._step)
+        tried = self._tried(self._step)
+        candidate = 0 if self._alone else self._best if tried is None else tried
         if candidate != self.compressor.choice.index:
             self.compressor.choice.index = candidate
             for slot in self.slots:
                 slot.cache = None
 
     def _note(self, step: int, seconds: float) -> None:
-        place = self._place(step)
-        if place < self._length and place % self.steps >= _WARM_UP:
-            self._seconds.setdefault(self._candidate(step), []).append(seconds)
+        tried = self._tried(step)
+        if tried is not None and self.timetable.counts(step - self._start, len(self.compressor.candidates)):
+            self.watch.seconds.setdefault(tried, []).append(seconds)
 
     # Decisions
 
     def _decide(self) -> Exchange:
         """Seconds of each candidate on the slowest rank, float64; infinite where a rank has none, as after a start."""
-        count = len(self.compressor.candidates)
-        mine = [statistics.median(self._seconds.get(candidate, [math.inf])) for candidate in range(count)]
-        self._seconds.clear()
+        mine = self.watch.medians(len(self.compressor.candidates))
         return (yield Allreduce(torch.tensor(mine, dtype=torch.float64), ReduceOp.MAX, last=True))
 
     def _take(self, seconds: Sequence[float]) -> None:
@@ -170,11 +197,10 @@ class Trials(Controller):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        return {"number": self.number, "best": self._best, "step": self._step, "start": self._start}
+        return super().state_dict() | {"best": self._best, "step": self._step, "start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.drop()
-        self.number, self._best = state["number"], state["best"]
-        self._step, self._start = state["step"], state["start"]
-        self._last = -1
+        super().load_state_dict(state)
+        self._best, self._step, self._start = state["best"], state["step"], state["start"]
+        self.watch.last = -1
         self._choose()

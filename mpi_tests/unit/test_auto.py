@@ -100,9 +100,9 @@ def test_the_slowest_rank_and_the_median_count(clock):
         ranks.exchange(gradients(step, 2))
         clock.now += (1.0, 0.8, 0.9)[choice] + 100 * (step in (2, 6, 10))
         if choice == 2:
-            for noted in ranks.compressions[1].controller._seconds.get(2, []):
+            for noted in ranks.compressions[1].controller.watch.seconds.get(2, []):
                 assert noted > 0
-            ranks.compressions[1].controller._began -= 5.0
+            ranks.compressions[1].controller.watch.began -= 5.0
 
 
 def test_what_comes_is_what_the_candidate_gives(clock):
