@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import wire
 from ..requests import Allgather, AllgatherParts, Allreduce, Alltoall, AlltoallParts, Broadcast, ReduceOp, Request
 
+_PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for ranks that have left
 _POLLS = 100  # before a thread that waits starts to sleep
 _SHORTEST_SLEEP_SECONDS, _LONGEST_SLEEP_SECONDS = 1e-4, 1e-3
 
@@ -53,6 +54,28 @@ class PolledPending(Pending):
             elif poll > _POLLS:  # the longer it takes, the less a look in time is worth
                 waited = time.perf_counter() - started
                 time.sleep(min(max(waited / 32, _SHORTEST_SLEEP_SECONDS), _LONGEST_SLEEP_SECONDS))
+
+
+class WatchedPending(PolledPending):
+    """One of a transport that looks for ranks that have left, which its library waits for without end."""
+
+    def __init__(self, transport: WatchfulTransport) -> None:
+        self._transport = transport
+        transport.posted += 1
+        self._number = transport.posted
+        self._look = time.monotonic() + _PATIENCE_SECONDS
+
+    @abc.abstractmethod
+    def done(self) -> bool:
+        """What the library says."""
+
+    def ready(self) -> bool:
+        if self.done():
+            return True
+        if time.monotonic() > self._look:
+            self._transport.check_peers(self._number)
+            self._look = time.monotonic() + _PATIENCE_SECONDS
+        return False
 
 
 class Then(Pending):
@@ -141,6 +164,16 @@ class Transport(abc.ABC):
     def broadcast_object(self, value: Any, root: int) -> Any:
         """The JSON-serializable `value` of rank `root`. Waits."""
         return self.gather_objects("hvd_compress.object", value if self.rank == root else None).wait()[root]
+
+
+class WatchfulTransport(Transport):
+    """One whose library does not tell that a rank takes part no longer."""
+
+    posted = 0  # collectives so far, the same ones on every rank
+
+    @abc.abstractmethod
+    def check_peers(self, number: int) -> None:
+        """Raise RuntimeError if a rank has left before the collective of this number."""
 
 
 def _json_bytes(value: Any) -> Tensor:

@@ -16,12 +16,11 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ..requests import ReduceOp
-from .base import Pending, PolledPending, Transport
+from .base import Pending, WatchedPending, WatchfulTransport
 from .rooms import Rooms, lengths_of, messages_of, padded, rest_of, unsent
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
 _LEAVING, _REST = 1, 2  # tags: a rank takes part no longer; what of its message did not fit where it was gathered
-_PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for such messages
 _LINGER_SECONDS = 60.0  # at the end of the program, for the other ranks to come to theirs
 _POLL_SECONDS = 0.01
 
@@ -33,24 +32,17 @@ _TORCH_OPS: dict[ReduceOp, Callable[..., Tensor]] = {
 }
 
 
-class _MPIPending(PolledPending):
+class _MPIPending(WatchedPending):
     """Several MPI requests; holds their buffers until the last is done."""
 
     def __init__(
         self, transport: MPITransport, requests: Sequence[MPI.Request], answer: Callable[[], Any], buffers: object
     ) -> None:
-        self._transport, self._requests, self._answer, self._buffers = transport, list(requests), answer, buffers
-        transport.posted += 1
-        self._number = transport.posted
-        self._look = time.monotonic() + _PATIENCE_SECONDS
+        super().__init__(transport)
+        self._requests, self._answer, self._buffers = list(requests), answer, buffers
 
-    def ready(self) -> bool:
-        if MPI.Request.Testall(self._requests):
-            return True
-        if time.monotonic() > self._look:
-            self._transport.check_peers(self._number)
-            self._look = time.monotonic() + _PATIENCE_SECONDS
-        return False
+    def done(self) -> bool:
+        return bool(MPI.Request.Testall(self._requests))
 
     def wait(self) -> Any:
         self.await_ready()
@@ -58,14 +50,13 @@ class _MPIPending(PolledPending):
         return self._answer()
 
 
-class MPITransport(Transport):
+class MPITransport(WatchfulTransport):
     """The ranks of a duplicate of `comm`, so that the program's own traffic cannot be mistaken for this."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm.Dup()
         self._rooms = Rooms()
         self.rank, self.size = self.comm.rank, self.comm.size
-        self.posted = 0  # collectives so far, the same ones on every rank
         self._left: dict[int, int] = {}  # how many of them the ranks took part in that do so no longer
         self._farewells: list[Any] = []  # held until MPI ends
         _transports.add(self)

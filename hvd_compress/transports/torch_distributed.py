@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,41 +17,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..requests import ReduceOp
-from .base import Pending, PolledPending, Then, Transport
+from .base import Pending, Then, WatchedPending, WatchfulTransport
 from .rooms import Rooms, lengths_of, messages_of, padded, rest_of, unsent
 
-_PATIENCE_SECONDS = 1.0  # of a wait, before and between looks for ranks that have left
 _LEAVERS = "leavers"  # in the store: how many ranks take part no longer
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, ReduceOp.MIN: dist.ReduceOp.MIN}
 
 
-class _WorkPending(PolledPending):
+class _WorkPending(WatchedPending):
     """A collective under way; holds its buffers until it is done."""
 
     def __init__(self, transport: TorchTransport, work: Any, answer: Callable[[], Any], buffers: object) -> None:
-        self._transport, self._work, self._answer, self._buffers = transport, work, answer, buffers
-        transport.posted += 1
-        self._number = transport.posted
-        self._look = time.monotonic() + _PATIENCE_SECONDS
+        super().__init__(transport)
+        self._explained, self._work, self._answer, self._buffers = transport.explained, work, answer, buffers
 
-    def ready(self) -> bool:
-        if self._work.is_completed():
-            return True
-        if time.monotonic() > self._look:
-            self._transport.check_peers(self._number)
-            self._look = time.monotonic() + _PATIENCE_SECONDS
-        return False
+    def done(self) -> bool:
+        return bool(self._work.is_completed())
 
     def wait(self) -> Any:
         self.await_ready()
-        with self._transport.explained():
+        with self._explained():
             self._work.wait()
         self._buffers = None
         return self._answer()
 
 
-class TorchTransport(Transport):
+class TorchTransport(WatchfulTransport):
     """The ranks of `process_group`, None for all, in a group of its own: the program's traffic cannot be mistaken for
     this. Collective over these ranks.
 
@@ -75,7 +66,6 @@ class TorchTransport(Transport):
         ranks = dist.get_process_group_ranks(process_group)
         self.group = dist.new_group(ranks, backend=config, use_local_synchronization=True)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.posted = 0  # collectives so far, the same ones on every rank
         self._device = _device(config)
         self._rooms = Rooms()
         self._rested = 0  # how often messages did not fit their rooms: the tag of what follows
