@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,11 +37,14 @@ class TopKCompressor(EntriesCodec, SparsifyingCompressor):
     value_bits: int = 32
 
     algorithm = 5
-    slow_with_adam: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         density_at(self.density, 0)
         self.check_value_bits()
+
+    @property
+    def slow_with_adam(self) -> bool:  # type: ignore[override]
+        return self.density != 1.0
 
     def rate_of(self, slot: Slot) -> float:
         return density_at(self.density if slot.rate is None else slot.rate, slot.step.number)
