@@ -109,6 +109,10 @@ class Transport(abc.ABC):
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
         """Answer: for every rank the concatenation of its uint8 parts, at an offset that is a multiple of 4."""
 
+    def regather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        """As allgather, of messages that come in every step, mostly as long as the last ones of this name."""
+        return self.allgather(name, parts)
+
     @abc.abstractmethod
     def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
         """Answer: the tensor [n] of rank `root`; `tensor` may be overwritten."""
@@ -142,9 +146,9 @@ class Transport(abc.ABC):
             return Then(self.broadcast(name, flat, first.root), restore)
         if isinstance(first, Allgather):
             parts = [request.frame for request in requests]  # type: ignore[union-attr]
-            return Then(self.allgather(name, parts), lambda buffers: _frames(buffers, len(requests)))
+            return Then(self.regather(name, parts), lambda buffers: _frames(buffers, len(requests)))
         if isinstance(first, AllgatherParts):  # one request, always
-            return Then(self.allgather(name, first.parts), lambda buffers: [buffers])
+            return Then(self.regather(name, first.parts), lambda buffers: [buffers])
         if isinstance(first, AlltoallParts):
             return Then(self.alltoall(name, first.parts), lambda buffers: [buffers])
         assert isinstance(first, Alltoall)

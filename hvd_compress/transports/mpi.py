@@ -16,7 +16,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ..requests import ReduceOp
-from .base import Pending, WatchedPending, WatchfulTransport
+from .base import Pending, Then, WatchedPending, WatchfulTransport
 from .rooms import Rooms, lengths_of, messages_of, padded, rest_of, unsent
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
@@ -75,11 +75,11 @@ class MPITransport(WatchfulTransport):
         requests = [self.comm.Ibcast(chunk, root) for chunk in _chunks(array)]
         return _MPIPending(self, requests, lambda: received.to(tensor.device), array)
 
-    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        mine, room = _joined(parts), self._rooms.of(name)
+    def regather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        room = self._rooms.of(name)
         if room is None or room * self.size > CHUNK_BYTES:
-            return self._allgather_any(name, mine)
-        message = torch.from_numpy(mine)
+            return Then(self.allgather(name, parts), functools.partial(self._rooms.learn_from, name))
+        message = torch.from_numpy(_joined(parts))
         row = padded(message, room)
         rows = torch.empty(self.size, room, dtype=torch.uint8)
 
@@ -102,12 +102,11 @@ class MPITransport(WatchfulTransport):
             _MPIPending(self, requests, lambda: None, rests).wait()
         return rests
 
-    def _allgather_any(self, name: str, mine: np.ndarray) -> Pending:
-        """Of messages whose lengths nobody knows yet, or which one call cannot gather."""
+    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        mine = _joined(parts)
         lengths = np.empty(self.size, dtype=np.int64)
         length = np.array([mine.size], dtype=np.int64)
         _MPIPending(self, [self.comm.Iallgather(length, lengths)], lambda: None, length).wait()
-        self._rooms.learn(name, int(lengths.max()))
         requests, rounds = [], []
         for start, step in self._rounds(int(lengths.max())):
             landing, counts = _landing(lengths, start, step)

@@ -33,6 +33,11 @@ class Rooms:
         self._longest[name] = longest
         self._rooms[name] = _aligned(_HEADER_BYTES + longest + (0 if steady else longest // _SPARE))
 
+    def learn_from(self, name: str, messages: list[Tensor]) -> list[Tensor]:
+        """As `learn`, of the first messages of this name; returns them."""
+        self.learn(name, max(message.numel() for message in messages))
+        return messages
+
 
 def padded(message: Tensor, room: int) -> Tensor:
     """As much of `message`, uint8 [n], as there is room for, behind its header: uint8 [room]."""

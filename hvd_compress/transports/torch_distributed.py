@@ -97,10 +97,13 @@ class TorchTransport(WatchfulTransport):
         """The same parts to everyone: on Gloo, an allgather of large messages takes several times as long as this, and
         none knows lengths that differ.
         """
+        return self.alltoall(name, [parts] * self.size)
+
+    def regather(self, name: str, parts: Sequence[Tensor]) -> Pending:
         if self._device.type != "cpu":
-            return self.alltoall(name, [parts] * self.size)
+            return self.allgather(name, parts)
         if (room := self._rooms.of(name)) is None:
-            return Then(self.alltoall(name, [parts] * self.size), functools.partial(self._learn, name))
+            return Then(self.allgather(name, parts), functools.partial(self._rooms.learn_from, name))
         message = _joined(parts)
         sent = padded(message, room).repeat(self.size, 1)
         rows = torch.empty_like(sent)
@@ -111,10 +114,6 @@ class TorchTransport(WatchfulTransport):
             return messages_of(rows, lengths, self._rests(unsent(lengths, room), rest_of(message, room)))
 
         return self._post(self._exchange(rows, sent, None, None), answer, sent)
-
-    def _learn(self, name: str, messages: list[Tensor]) -> list[Tensor]:
-        self._rooms.learn(name, max(message.numel() for message in messages))
-        return messages
 
     def _rests(self, sizes: Sequence[int], mine: Tensor) -> dict[int, Tensor]:
         """By rank, what did not fit of its message; nothing where all did. Waits."""
