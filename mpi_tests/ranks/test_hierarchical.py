@@ -65,9 +65,10 @@ def test_ranks_on_one_host_are_one_node_which_compresses_nothing(several: Job) -
 
 
 def test_nodes_that_do_not_come_out_even_are_an_error_on_every_rank(several: Job) -> None:
-    job, of = several, parameters()
-    compression = Compression.topk(of.items(), topology="hierarchical", ranks_per_node=3, **OPTIONS)
-    with pytest.raises(ValueError, match=f"ranks_per_node=3 does not divide the number of ranks, {job.size}"):  # noqa: PT012
+    job, of, uneven = several, parameters(), several.size + 1
+    compression = Compression.topk(of.items(), topology="hierarchical", ranks_per_node=uneven, **OPTIONS)
+    message = f"ranks_per_node={uneven} does not divide the number of ranks, {job.size}"
+    with pytest.raises(ValueError, match=message):  # noqa: PT012
         optimizer = job.distribute(sgd(of), of.items(), compression)
         backward(of, gradients(of, job.rank, 0))
         optimizer.step()
