@@ -7,7 +7,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ..requests import ReduceOp
-from .base import Pending, Then, WatchedPending, WatchfulTransport
-from .rooms import Rooms, lengths_of, messages_of, padded, rest_of, unsent
+from .base import Pending, WatchedPending
+from .rooms import RoomTransport, joined
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
 _LEAVING, _REST = 1, 2  # tags: a rank takes part no longer; what of its message did not fit where it was gathered
@@ -50,12 +50,12 @@ class _MPIPending(WatchedPending):
         return self._answer()
 
 
-class MPITransport(WatchfulTransport):
+class MPITransport(RoomTransport):
     """The ranks of a duplicate of `comm`, so that the program's own traffic cannot be mistaken for this."""
 
     def __init__(self, comm: MPI.Comm) -> None:
+        super().__init__()
         self.comm = comm.Dup()
-        self._rooms = Rooms()
         self.rank, self.size = self.comm.rank, self.comm.size
         self._left: dict[int, int] = {}  # how many of them the ranks took part in that do so no longer
         self._farewells: list[Any] = []  # held until MPI ends
@@ -75,35 +75,23 @@ class MPITransport(WatchfulTransport):
         requests = [self.comm.Ibcast(chunk, root) for chunk in _chunks(array)]
         return _MPIPending(self, requests, lambda: received.to(tensor.device), array)
 
-    def regather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        room = self._rooms.of(name)
-        if room is None or room * self.size > CHUNK_BYTES:
-            return Then(self.allgather(name, parts), functools.partial(self._rooms.learn_from, name))
-        message = torch.from_numpy(_joined(parts))
-        row = padded(message, room)
-        rows = torch.empty(self.size, room, dtype=torch.uint8)
+    @property
+    def most_gathered_bytes(self) -> float:
+        return CHUNK_BYTES
 
-        def answer() -> list[Tensor]:
-            lengths = lengths_of(rows)
-            self._rooms.learn(name, max(lengths))
-            return messages_of(rows, lengths, self._rests(unsent(lengths, room), rest_of(message, room)))
+    def gather_rows(self, row: Tensor) -> Pending:
+        rows = torch.empty(self.size, row.numel(), dtype=torch.uint8)
+        return _MPIPending(self, [self.comm.Iallgather(row.numpy(), rows.numpy())], lambda: rows, row)
 
-        return _MPIPending(self, [self.comm.Iallgather(row.numpy(), rows.numpy())], answer, row)
-
-    def _rests(self, sizes: Sequence[int], mine: Tensor) -> dict[int, Tensor]:
-        """By rank, what did not fit of its message; nothing where all did. Waits."""
-        rests = {rank: mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes) if size}
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        theirs = [(rank, chunk) for rank in others if sizes[rank] for chunk in _chunks(rests[rank].numpy())]
-        requests = [self.comm.Irecv(chunk, rank, _REST) for rank, chunk in theirs]
-        if self.rank in rests:
-            requests += [self.comm.Isend(chunk, rank, _REST) for rank in others for chunk in _chunks(mine.numpy())]
-        if requests:
-            _MPIPending(self, requests, lambda: None, rests).wait()
-        return rests
+    def swap(self, incoming: Mapping[int, Tensor], outgoing: Mapping[int, Tensor]) -> None:
+        receives = [(peer, chunk) for peer, rest in incoming.items() for chunk in _chunks(rest.numpy())]
+        sends = [(peer, chunk) for peer, rest in outgoing.items() for chunk in _chunks(rest.numpy())]
+        requests = [self.comm.Irecv(chunk, peer, _REST) for peer, chunk in receives]
+        requests += [self.comm.Isend(chunk, peer, _REST) for peer, chunk in sends]
+        _MPIPending(self, requests, lambda: None, (incoming, outgoing)).wait()
 
     def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        mine = _joined(parts)
+        mine = joined(parts).numpy()
         lengths = np.empty(self.size, dtype=np.int64)
         length = np.array([mine.size], dtype=np.int64)
         _MPIPending(self, [self.comm.Iallgather(length, lengths)], lambda: None, length).wait()
@@ -115,7 +103,7 @@ class MPITransport(WatchfulTransport):
         return _MPIPending(self, requests, lambda: _by_rank(rounds), mine)
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
-        outgoing = [_joined(destination) for destination in parts]
+        outgoing = [joined(destination).numpy() for destination in parts]
         lengths = np.empty(self.size, dtype=np.int64)
         self.comm.Alltoall(np.array([buffer.size for buffer in outgoing], dtype=np.int64), lengths)
         longest = self.comm.allreduce(int(lengths.max()), MPI.MAX)
@@ -177,10 +165,6 @@ def _half_op(op: ReduceOp) -> MPI.Op:
         _TORCH_OPS[op](a, b, out=b)
 
     return MPI.Op.Create(reduce, commute=True)
-
-
-def _joined(parts: Sequence[Tensor]) -> np.ndarray:
-    return np.concatenate([part.numpy() for part in parts]) if parts else np.empty(0, dtype=np.uint8)
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:

@@ -7,10 +7,13 @@ next collective is posted, so that another collective would find no place that i
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from .base import Pending, Then, WatchfulTransport
 
 _HEADER_BYTES = 8  # the length of the message, int64
 _SPARE = 16  # a part of the length, one in so many, is left free where lengths change
@@ -33,10 +36,49 @@ class Rooms:
         self._longest[name] = longest
         self._rooms[name] = _aligned(_HEADER_BYTES + longest + (0 if steady else longest // _SPARE))
 
-    def learn_from(self, name: str, messages: list[Tensor]) -> list[Tensor]:
-        """As `learn`, of the first messages of this name; returns them."""
-        self.learn(name, max(message.numel() for message in messages))
+
+class RoomTransport(WatchfulTransport):
+    """One whose library can gather rows of one size, and send from rank to rank."""
+
+    def __init__(self) -> None:
+        self._rooms = Rooms()
+
+    @property
+    def most_gathered_bytes(self) -> float:
+        """Of all ranks' rows together; longer ones are gathered as `allgather` does."""
+        return float("inf")
+
+    @abc.abstractmethod
+    def gather_rows(self, row: Tensor) -> Pending:
+        """Answer: the rows, uint8 [room], of all ranks: uint8 [ranks, room]."""
+
+    @abc.abstractmethod
+    def swap(self, incoming: Mapping[int, Tensor], outgoing: Mapping[int, Tensor]) -> None:
+        """Send `outgoing`, and fill `incoming`, uint8 by the other's rank. Waits."""
+
+    def regather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        room = self._rooms.of(name)
+        if room is None or room * self.size > self.most_gathered_bytes:
+            return Then(self.allgather(name, parts), lambda messages: self._learned(name, messages))
+        message = joined(parts)
+        return Then(self.gather_rows(padded(message, room)), lambda rows: self._whole(name, rows, message, room))
+
+    def _learned(self, name: str, messages: list[Tensor]) -> list[Tensor]:
+        self._rooms.learn(name, max(message.numel() for message in messages))
         return messages
+
+    def _whole(self, name: str, rows: Tensor, mine: Tensor, room: int) -> list[Tensor]:
+        """The messages of all ranks. Waits for what of them did not fit."""
+        lengths = lengths_of(rows)
+        unsent = [max(length + _HEADER_BYTES - room, 0) for length in lengths]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        rests = {rank: mine.new_empty(unsent[rank]) for rank in others if unsent[rank]}
+        rest = mine[room - _HEADER_BYTES :]
+        if any(unsent):
+            self.swap(rests, dict.fromkeys(others, rest) if unsent[self.rank] else {})
+        if unsent[self.rank]:
+            rests[self.rank] = rest
+        return self._learned(name, messages_of(rows, lengths, rests))
 
 
 def padded(message: Tensor, room: int) -> Tensor:
@@ -54,20 +96,14 @@ def lengths_of(rows: Tensor) -> list[int]:
     return lengths
 
 
-def unsent(lengths: Sequence[int], room: int) -> list[int]:
-    """How many bytes of every rank's message did not fit."""
-    return [max(length + _HEADER_BYTES - room, 0) for length in lengths]
-
-
-def rest_of(message: Tensor, room: int) -> Tensor:
-    """What of `message` did not fit."""
-    return message[room - _HEADER_BYTES :]
-
-
 def messages_of(rows: Tensor, lengths: Sequence[int], rests: Mapping[int, Tensor]) -> list[Tensor]:
     """The whole messages; rests: by rank, what followed."""
     fit = [row[_HEADER_BYTES : _HEADER_BYTES + length] for row, length in zip(rows, lengths)]
     return [torch.cat([message, rests[rank]]) if rank in rests else message for rank, message in enumerate(fit)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.uint8)
 
 
 def _aligned(size: int) -> int:

@@ -7,9 +7,8 @@ Tried on Gloo alone. NCCL carries tensors of a GPU only: frames are moved there 
 from __future__ import annotations
 
 import contextlib
-import functools
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..requests import ReduceOp
-from .base import Pending, Then, WatchedPending, WatchfulTransport
-from .rooms import Rooms, lengths_of, messages_of, padded, rest_of, unsent
+from .base import Pending, WatchedPending
+from .rooms import RoomTransport, joined
 
 _LEAVERS = "leavers"  # in the store: how many ranks take part no longer
 
@@ -43,7 +42,7 @@ class _WorkPending(WatchedPending):
         return self._answer()
 
 
-class TorchTransport(WatchfulTransport):
+class TorchTransport(RoomTransport):
     """The ranks of `process_group`, None for all, in a group of its own: the program's traffic cannot be mistaken for
     this. Collective over these ranks.
 
@@ -51,6 +50,7 @@ class TorchTransport(WatchfulTransport):
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
         if not dist.is_initialized():
             raise RuntimeError(
                 "torch.distributed is not initialized: call torch.distributed.init_process_group() before the model is "
@@ -67,8 +67,7 @@ class TorchTransport(WatchfulTransport):
         self.group = dist.new_group(ranks, backend=config, use_local_synchronization=True)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._device = _device(config)
-        self._rooms = Rooms()
-        self._rested = 0  # how often messages did not fit their rooms: the tag of what follows
+        self._swaps = 0  # so far: the tag of the next one
         self._gone = False
         self._store: dist.Store | None = None
         # A name of its own: torchrun may keep the store, with all that is in it, when it restarts the ranks.
@@ -86,7 +85,7 @@ class TorchTransport(WatchfulTransport):
 
     def broadcast(self, name: str, tensor: Tensor, root: int) -> Pending:
         received = tensor.to(self._device).contiguous()
-        source = dist.get_global_rank(self.group, root)
+        source = self._global(root)
         return self._post(
             lambda: dist.broadcast(received, source, self.group, async_op=True),
             lambda: received.to(tensor.device),
@@ -99,38 +98,27 @@ class TorchTransport(WatchfulTransport):
         """
         return self.alltoall(name, [parts] * self.size)
 
-    def regather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        if self._device.type != "cpu":
-            return self.allgather(name, parts)
-        if (room := self._rooms.of(name)) is None:
-            return Then(self.allgather(name, parts), functools.partial(self._rooms.learn_from, name))
-        message = _joined(parts)
-        sent = padded(message, room).repeat(self.size, 1)
+    @property
+    def most_gathered_bytes(self) -> float:
+        return float("inf") if self._device.type == "cpu" else 0  # untried on NCCL
+
+    def gather_rows(self, row: Tensor) -> Pending:
+        sent = row.repeat(self.size, 1)
         rows = torch.empty_like(sent)
+        return self._post(self._exchange(rows, sent, None, None), lambda: rows, sent)
 
-        def answer() -> list[Tensor]:
-            lengths = lengths_of(rows)
-            self._rooms.learn(name, max(lengths))
-            return messages_of(rows, lengths, self._rests(unsent(lengths, room), rest_of(message, room)))
-
-        return self._post(self._exchange(rows, sent, None, None), answer, sent)
-
-    def _rests(self, sizes: Sequence[int], mine: Tensor) -> dict[int, Tensor]:
-        """By rank, what did not fit of its message; nothing where all did. Waits."""
-        rests = {rank: mine if rank == self.rank else mine.new_empty(size) for rank, size in enumerate(sizes) if size}
-        if not rests:
-            return rests
-        self._rested += 1  # the same on all ranks, which take answers in the same order
-        peers = {rank: dist.get_global_rank(self.group, rank) for rank in range(self.size) if rank != self.rank}
+    def swap(self, incoming: Mapping[int, Tensor], outgoing: Mapping[int, Tensor]) -> None:
+        self._swaps += 1  # the same on all ranks, which take answers in the same order
         with self.explained():
             works: list[Any] = [
-                dist.irecv(rests[rank], peer, self.group, self._rested) for rank, peer in peers.items() if sizes[rank]
+                dist.irecv(rest, self._global(peer), self.group, self._swaps) for peer, rest in incoming.items()
             ]
-            if self.rank in rests:
-                works += [dist.isend(mine, peer, self.group, self._rested) for peer in peers.values()]
+            works += [dist.isend(rest, self._global(peer), self.group, self._swaps) for peer, rest in outgoing.items()]
             for work in works:
                 work.wait()
-        return rests
+
+    def _global(self, peer: int) -> int:
+        return dist.get_global_rank(self.group, peer)
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
         outgoing = [sum(part.numel() for part in destination) for destination in parts]
@@ -138,7 +126,7 @@ class TorchTransport(WatchfulTransport):
         mine = torch.tensor(outgoing, device=self._device)
         exchange = self._exchange(lengths, mine, None, None)
         incoming: list[int] = self._post(exchange, lengths.tolist, mine).wait()
-        sent = _joined([part for destination in parts for part in destination]).to(self._device)
+        sent = joined([part for destination in parts for part in destination]).to(self._device)
         landing = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
         return self._post(
             self._exchange(landing, sent, incoming, outgoing), lambda: list(landing.cpu().split(incoming)), sent
@@ -203,7 +191,3 @@ def _device(config: str) -> torch.device:
     backends = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
     kind = "cpu" if backends.get("cpu", "nccl") != "nccl" else next(d for d in backends if d != "cpu")
     return torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu")
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.uint8)
