@@ -67,14 +67,9 @@ def _programs(options: argparse.Namespace, parameters: str, network: list[str]) 
     by_horovod = [method for method in options.methods if network_methods.needs_horovod(method)]
     others = [method for method in options.methods if method not in by_horovod]
     common = [str(_WORKER), "--parameters", parameters, *network]
+    each = options.seconds / len(options.methods)
     return [
-        [
-            *common,
-            "--methods",
-            ",".join(methods),
-            "--seconds",
-            str(options.seconds * len(methods) / len(options.methods)),
-        ]
+        [*common, "--methods", ",".join(methods), "--seconds", str(each * len(methods))]
         for methods in (by_horovod, others)
         if methods
     ]

@@ -40,15 +40,15 @@ class State:
     def go_on_from(self, progress: Progress) -> None:
         """Take over that of another rank: residuals stay what they are, in units of its loss scale."""
         self.steps, loss_scale, *plan = progress
-        self.rescale(loss_scale)
-        self.loss_scale = loss_scale
+        self.change_unit(loss_scale)
         if self.controller is not None and plan:
             self.controller.load_state_dict(plan[0])
 
-    def rescale(self, loss_scale: float | None) -> None:
-        """Residuals are in units of this one from now on, if both are known."""
+    def change_unit(self, loss_scale: float | None) -> None:
+        """Gradients are in units of this loss scale from now on; residuals follow, if both are known."""
         if self.loss_scale is not None and loss_scale is not None:
             self.memory.rescale(loss_scale / self.loss_scale)
+        self.loss_scale = loss_scale
 
     # Copies in this process
 

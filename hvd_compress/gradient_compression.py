@@ -79,13 +79,13 @@ class GradientCompression(Session):
         if self.bound:
             raise TypeError(f"{self!r} is bound to its parameters already")
         self.unregister()  # what is compared is what is used
-        return bound_compression(self.compressor, named_parameters, self.options.items() | options)
+        return bound_compression(self.compressor, named_parameters, self.options.by_name() | options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As what it is and owes, without its connections: a copy is attached anew, on the same rank."""
         named = list(zip(self.names, self.parameters)) if self.bound else None
         state = self.state_dict() if named else None
-        return _remake, (self.compressor, named, self.options.items(), self.controller, state)
+        return _remake, (self.compressor, named, self.options.by_name(), self.controller, state)
 
     def adapt(self, controller: Controller) -> GradientCompression:
         """Let `controller` choose the rate of each parameter from now on; returns this. Before the first exchange."""
@@ -106,7 +106,7 @@ class GradientCompression(Session):
         return name_of(type(self.compressor))
 
     def _options(self) -> dict[str, Any]:
-        return self.compressor.options() | self.options.items()
+        return self.compressor.options() | self.options.by_name()
 
     def _bind(self, named_parameters: NamedParameters) -> None:
         options = self.options

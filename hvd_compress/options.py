@@ -33,8 +33,8 @@ class Options:
         exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
         object.__setattr__(self, "exclude", exclude)
 
-    def items(self) -> dict[str, Any]:
-        """By name; values as they are, which dataclasses.asdict would copy."""
+    def by_name(self) -> dict[str, Any]:
+        """Values as they are, which dataclasses.asdict would copy."""
         return {option.name: getattr(self, option.name) for option in fields(self)}
 
 

@@ -529,8 +529,8 @@ class Session:
         if not 0 < scale < math.inf:
             raise ValueError(f"loss_scale must be positive and finite: {scale}")
         self._end_step()
-        self._state.rescale(scale)
-        self._state.loss_scale, self._facts = scale, None
+        self._state.change_unit(scale)
+        self._facts = None
 
     @property
     def progress(self) -> Progress:

@@ -164,11 +164,8 @@ class Planner(RateController):
         return layers_of(self.compressor, self.slots, step, reach=options.reach, given=options.rates or (), extra=extra)
 
     def _accumulate(self, slot: Slot, gradient: Tensor) -> None:
-        if (
-            not slot.parameter.compressed
-            or gradient.is_sparse
-            or (self.options.errors_of == "rank0" and slot.step.rank)
-        ):
+        others_judge = self.options.errors_of == "rank0" and slot.step.rank
+        if others_judge or gradient.is_sparse or not slot.parameter.compressed:
             return
         start = time.perf_counter()
         values = flat32(gradient)

@@ -66,10 +66,8 @@ class Stopwatch:
         self.began = math.nan  # and when
         self.seconds: dict[int, list[float]] = {}  # by candidate
 
-    def gradient_of(self, step: int) -> float | None:
-        """Seconds of the step before, if this gradient is the first one of `step`, which follows it."""
-        if step == self.last:
-            return None
+    def begin(self, step: int) -> float | None:
+        """The first gradient of `step` is there. Returns seconds of the step before it, if that was timed."""
         now = time.perf_counter()
         took = now - self.began if step == self.last + 1 and self.last >= 0 else None
         self.began, self.last = now, step
@@ -127,11 +125,12 @@ class Trials(Controller):
 
     def submitting(self, engine: Engine, slot: Slot, gradient: Tensor) -> None:
         step = slot.step.number
-        is_first = step != self.watch.last
-        if (took := self.watch.gradient_of(step)) is not None and not self._alone:
+        if self._alone or step == self.watch.last:
+            return
+        if (took := self.watch.begin(step)) is not None:
             self._note(step - 1, took)
         since, count = step - self._start, len(self.compressor.candidates)
-        if is_first and not self._alone and self.timetable.place(since, count) == self.timetable.length(count):
+        if self.timetable.place(since, count) == self.timetable.length(count):
             self._ticket = engine.submit(len(self.slots), self._decide())
 
     def finishing(self, engine: Engine) -> None:

@@ -49,11 +49,8 @@ class AdaCompCompressor(SparsifyingCompressor):
         return usual if self.bin_size is None else _size_at(self.bin_size, step)
 
     def rate_of(self, slot: Slot) -> int:
-        return (
-            self.bin_size_of(slot.parameter.shape, slot.step.number)
-            if slot.rate is None
-            else _size_at(slot.rate, slot.step.number)
-        )
+        parameter, step = slot.parameter, slot.step.number
+        return self.bin_size_of(parameter.shape, step) if slot.rate is None else _size_at(slot.rate, step)
 
     def frame_held(self, slot: Slot) -> int:
         return wire.frame_bytes(most_room(slot.parameter.numel))

@@ -74,9 +74,7 @@ class DGCCompressor(EntriesCodec):
         return entries_of(self.density_of(slot), slot.parameter.numel)
 
     def grouped(self, slot: Slot) -> bool:
-        return slot.parameter.compressed and saves(
-            slot.parameter.numel, entries_of(self.density_of(slot), slot.parameter.numel)
-        )
+        return slot.parameter.compressed and saves(slot.parameter.numel, self.wanted(slot))
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         if self.grouped(slot):
@@ -97,10 +95,7 @@ class DGCCompressor(EntriesCodec):
         k = entries_of(density, gradient.numel())
         velocity, step = self._stepped(slot, gradient)
         payload: Tensor | None = slot.workspace.room(kernels.sparse_bytes(step.numel(), k))
-        kept, residual = (
-            slot.memory.room(slot.name, step),
-            slot.memory.residual(slot.name, step.device),
-        )
+        kept, residual = slot.memory.room(slot.name, step), slot.memory.residual(slot.name, step.device)
         kernel = kernels.of(step)
         if kernel.topk_encode(step, residual, kept, k, payload) == kernels.NOT_FINITE:
             payload = None
@@ -145,9 +140,8 @@ class DGCCompressor(EntriesCodec):
             gradient = gradient * (limit / norm) if norm > limit else gradient
         if self.weight_decay:
             assert slot.parameter.tensor is not None
-            gradient = gradient.add(
-                flat32(slot.parameter.tensor).to(gradient.device), alpha=self.weight_decay * loss_scale
-            )
+            weights = flat32(slot.parameter.tensor).to(gradient.device)
+            gradient = gradient.add(weights, alpha=self.weight_decay * loss_scale)
         return gradient
 
     def momentum_of(self, slot: Slot, gradient: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

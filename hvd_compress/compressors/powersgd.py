@@ -67,10 +67,7 @@ class PowerSGDCompressor(Compressor):
             return (yield from _as_it_is(slot, gradient))
         values, (rows, columns) = flat(gradient), matrix_shape(gradient.shape)
         kernel = kernels.of(values)
-        kept, residual = (
-            slot.memory.room(slot.name, values),
-            slot.memory.residual(slot.name, values.device),
-        )
+        kept, residual = slot.memory.room(slot.name, values), slot.memory.residual(slot.name, values.device)
         left = kept.new_empty(rows, rank)
         start = starting_factor(slot, columns, rank).t().to(kept.device)
         largest = kernel.project(values, residual, kept, start, left)
@@ -148,6 +145,7 @@ def starting_factor(slot: Slot, columns: int, rank: int) -> Tensor:
     The other columns are random directions, the same on every rank; so are those that the last step has left at zero,
     since its gradient had no such rank: otherwise they would stay at zero for ever.
     """
+    parameter = slot.parameter
     kept = slot.memory.residuals.get(key(slot.name, FACTOR))
     start = torch.zeros(rank, columns) if kept is None else kept.new_zeros(rank, columns)
     if kept is not None and len(kept) == columns:
@@ -155,9 +153,7 @@ def starting_factor(slot: Slot, columns: int, rank: int) -> Tensor:
     largest = start.abs().amax(1)
     for column, top in enumerate(largest.tolist()):
         if top == 0:
-            start[column] = random_direction(
-                columns, kernels.stream_key(slot.parameter.seed, slot.parameter.index, column)
-            )
+            start[column] = random_direction(columns, kernels.stream_key(parameter.seed, parameter.index, column))
             largest[column] = 1
     return start.div_(largest.unsqueeze(1)).div_(math.sqrt(columns)).t()
 

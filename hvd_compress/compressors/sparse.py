@@ -25,21 +25,17 @@ class SparseGatherer(Compressor):
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         gradient = gradient.coalesce()
-        parts = (gradient.indices(), gradient.values())
-        payload = torch.cat(
-            [torch.frombuffer(bytearray(_COUNTS.pack(gradient.sparse_dim(), gradient._nnz())), dtype=torch.uint8)]
-            + [part.cpu().contiguous().view(-1).view(torch.uint8) for part in parts]
-        )
-        sent = wire.Frame(
-            self.algorithm, gradient.dtype, slot.step.rank, slot.parameter.index, 0.0, gradient.numel(), payload
-        )
+        counts = bytearray(_COUNTS.pack(gradient.sparse_dim(), gradient._nnz()))
+        parts = [part.cpu().contiguous().view(-1).view(torch.uint8) for part in (gradient.indices(), gradient.values())]
+        payload = torch.cat([torch.frombuffer(counts, dtype=torch.uint8), *parts])
+        rank, index = slot.step.rank, slot.parameter.index
+        sent = wire.Frame(self.algorithm, gradient.dtype, rank, index, 0.0, gradient.numel(), payload)
         answers: list[Tensor] = yield Allgather(wire.pack(sent), last=True)
         everyone = [_decode(frame, slot, gradient.sparse_dim()) for frame in unpack(sent, answers, slot)]
         indices = torch.cat([indices for indices, _ in everyone], dim=1)
         values = torch.cat([values for _, values in everyone])
-        total = torch.sparse_coo_tensor(
-            indices, values, slot.parameter.shape, device=gradient.device, check_invariants=False
-        )
+        shape, device = slot.parameter.shape, gradient.device
+        total = torch.sparse_coo_tensor(indices, values, shape, device=device, check_invariants=False)
         return Total(total.coalesce())
 
 

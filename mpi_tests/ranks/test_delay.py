@@ -35,7 +35,7 @@ def delayed(kind: str, named: NamedParameters) -> GradientCompression:
     named = list(named)
     usual = COMPRESSIONS[kind](named)
     usual.unregister()
-    return GradientCompression(usual.compressor, named, **usual.options.items() | {"delay": 1})
+    return GradientCompression(usual.compressor, named, **usual.options.by_name() | {"delay": 1})
 
 
 def zeros(of: dict[str, Tensor]) -> Gradients:
