@@ -52,9 +52,11 @@ docs: setup ## build the pages of docs/ in build/docs; a link that leads nowhere
 check-native: setup ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@scripts/check_native
 
-wheel: setup ## one wheel for every Python 3 on this kind of machine, in dist/
-	rm -rf build/lib* build/bdist.*
-	$(run)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+wheel: setup ## one wheel for every Python 3 and any Linux with glibc 2.17 or newer, in dist/
+	rm -rf build/lib* build/bdist.* build/wheel
+	$(run)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(run):$$PATH" $(run)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(run)/twine check --strict dist/*.whl
 
 # The benchmarks take their options from the environment: OUT=rows.json and those that docs/benchmarks.md names.
 bench-codec: setup ## time the kernels against the memory and against torch operations
