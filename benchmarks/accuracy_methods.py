@@ -157,6 +157,7 @@ METHODS: dict[str, Make] = {
     "terngrad": lambda s: Compression.terngrad(s.named, seed=s.seed),
     "qsgd": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed),
     "qsgd_8_bits": lambda s: Compression.qsgd(s.named, bits=8, seed=s.seed),
+    "qsgd_bucket_128": lambda s: Compression.qsgd(s.named, bits=4, bucket_size=128, seed=s.seed),
     "adacomp": lambda s: Compression.adacomp(s.named),
     "topk": lambda s: Compression.topk(s.named, density=0.01),
     "topk_8_bits": lambda s: Compression.topk(s.named, density=0.01, value_bits=8),

@@ -51,7 +51,7 @@ class Buffers:
         self.ternary = []
         for rank in range(RANKS):
             payload = torch.zeros(4 + kernels.ternary_bytes(numel), dtype=torch.uint8)
-            native.ternary_encode(self.gradient, 4 * _SCALE, 4 * _SCALE, kernels.stream_key(rank), payload)
+            native.ternary_encode(self.gradient, 4 * _SCALE, 4 * _SCALE, kernels.stream_key(rank), False, payload)
             self.ternary.append(payload)
         sample = (self.gradient + self.residual).abs()[: 1 << 20]
         self.one_percent = float(torch.quantile(sample, 0.99))
@@ -60,14 +60,14 @@ class Buffers:
 def ternary(module: ModuleType, b: Buffers) -> object:
     """Unclipped: the largest magnitude, then the codes."""
     scaler = module.largest(b.gradient)
-    return module.ternary_encode(b.gradient, scaler, scaler, KEY, b.payload)
+    return module.ternary_encode(b.gradient, scaler, scaler, KEY, False, b.payload)
 
 
 def ternary_clipped(module: ModuleType, b: Buffers) -> object:
     """As Compression.terngrad by default: clipped to 2.5 standard deviations."""
     largest, sigma = module.moments(b.gradient)
     bound = min(float(np.float32(2.5 * sigma)), largest)
-    return module.ternary_encode(b.gradient, bound, bound, KEY, b.payload)
+    return module.ternary_encode(b.gradient, bound, bound, KEY, False, b.payload)
 
 
 def topk(density: float) -> Callable[[ModuleType, Buffers], object]:
@@ -100,7 +100,7 @@ KERNELS: dict[str, Callable[[ModuleType, Buffers], object]] = {
     "ternary_encode": ternary,
     "ternary_clipped_encode": ternary_clipped,
     "ternary_decode4": lambda module, b: module.ternary_sum(b.ternary, float(RANKS), b.out),
-    "quantize4_encode": lambda module, b: module.quantise_encode(b.gradient, 4, 512, False, KEY, b.payload),
+    "quantize4_encode": lambda module, b: module.quantise_encode(b.gradient, 4, 512, False, KEY, False, b.payload),
     "onebit_encode": lambda module, b: module.sign_encode(b.gradient, b.residual, b.kept, 256, b.payload),
     "adacomp50_encode": adacomp(50),
     "adacomp500_encode": adacomp(500),

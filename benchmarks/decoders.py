@@ -45,12 +45,12 @@ class Decoder:
 def _ternary(gradient: Tensor, rank: int, room: Tensor) -> int:
     largest, sigma = native.moments(gradient)
     bound = min(float(np.float32(2.5 * sigma)), largest)
-    return native.ternary_encode(gradient, bound, bound, kernels.stream_key(rank), room)
+    return native.ternary_encode(gradient, bound, bound, kernels.stream_key(rank), False, room)
 
 
 def _quantised(bits: int) -> Decoder:
     return Decoder(
-        lambda x, rank, room: native.quantise_encode(x, bits, _BUCKET, False, kernels.stream_key(rank), room),
+        lambda x, rank, room: native.quantise_encode(x, bits, _BUCKET, False, kernels.stream_key(rank), False, room),
         lambda payloads, divisor, out: native.quantise_sum(payloads, bits, _BUCKET, divisor, out),
     )
 

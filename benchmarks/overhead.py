@@ -76,8 +76,8 @@ def overlap(numel: int = 25_000_000, seconds: float = 1.0) -> list[Row]:
     running: dict[str, Callable[[], object]] = {
         "nothing": lambda: time.sleep(0.01),
         "topk_encode": lambda: native.topk_encode(gradient, None, kept, numel // 100, payload),
-        "ternary_encode": lambda: native.ternary_encode(gradient, 5.0, 5.0, 1, payload),
-        "quantise_encode": lambda: native.quantise_encode(gradient, 4, 512, False, 1, payload),
+        "ternary_encode": lambda: native.ternary_encode(gradient, 5.0, 5.0, 1, False, payload),
+        "quantise_encode": lambda: native.quantise_encode(gradient, 4, 512, False, 1, False, payload),
         "python": lambda: sum(range(100_000)),  # holds the GIL: what there is to lose
     }
     counted = {name: _progress(function, seconds) for name, function in running.items()}

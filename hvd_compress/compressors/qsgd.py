@@ -66,8 +66,8 @@ class QSGDCompressor(ScatterCodec):
         payload: Tensor | None
         if length <= dense_room(gradient):
             payload = slot.workspace.room(length)
-            key = slot.random_key()
-            length = kernel.quantise_encode(values, bits, self.bucket_size, self.norm == "l2", key, payload)
+            l2, rounding = self.norm == "l2", slot.rounding()
+            length = kernel.quantise_encode(values, bits, self.bucket_size, l2, *rounding, payload)
             finite = length != kernels.NOT_FINITE
         else:
             payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
@@ -84,9 +84,9 @@ class QSGDCompressor(ScatterCodec):
     def cut(
         self, slot: Slot, gradient: Tensor, cuts: Sequence[tuple[int, int]], common: Common | None
     ) -> list[Tensor | None]:
-        values, key = flat(gradient), slot.random_key()
-        bits = self.rate_of(slot)
-        return [self._encoded(values[start:stop], bits, kernels.key_at(key, start)) for start, stop in cuts]
+        values, bits = flat(gradient), self.rate_of(slot)
+        key, opposite = slot.rounding()
+        return [self._encoded(values[start:stop], bits, kernels.key_at(key, start), opposite) for start, stop in cuts]
 
     def moves_less(self, slot: Slot) -> bool:
         bits = self.rate_of(slot)
@@ -103,10 +103,10 @@ class QSGDCompressor(ScatterCodec):
     def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
         return float(kernels.of(out).quantise_sum([payload], _MOST_BITS, self.bucket_size, divisor, out))
 
-    def _encoded(self, values: Tensor, bits: int, key: int) -> Tensor | None:
+    def _encoded(self, values: Tensor, bits: int, key: int, opposite: bool = False) -> Tensor | None:
         payload = torch.empty(kernels.quantised_bytes(values.numel(), bits, self.bucket_size), dtype=torch.uint8)
         l2 = self.norm == "l2"
-        length = kernels.of(values).quantise_encode(values, bits, self.bucket_size, l2, key, payload)
+        length = kernels.of(values).quantise_encode(values, bits, self.bucket_size, l2, key, opposite, payload)
         return None if length == kernels.NOT_FINITE else payload
 
     def candidates(self, shape: torch.Size) -> tuple[float, ...]:

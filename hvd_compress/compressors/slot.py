@@ -78,6 +78,16 @@ class Slot:
         parameter, step = self.parameter, self.step
         return kernels.stream_key(parameter.seed, parameter.index, step.number, step.rank, *purpose)
 
+    def rounding(self) -> tuple[int, bool]:
+        """Key of the random numbers that this gradient is rounded by, and whether by their opposite.
+
+        Ranks 2 i and 2 i + 1 have the same numbers: what they err by together has half the variance that it had with
+        numbers of their own, whatever the values (antithetic variates; see also Suresh et al., arXiv 2203.04925).
+        """
+        parameter, step = self.parameter, self.step
+        pair, second = divmod(step.rank, 2)
+        return kernels.stream_key(parameter.seed, parameter.index, step.number, pair), second == 1
+
     def room_for_sum(self, gradient: Tensor) -> Tensor:
         """Float32 [numel], uninitialized: where the sum over the ranks goes."""
         if self.out is not None:

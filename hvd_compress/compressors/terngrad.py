@@ -61,8 +61,7 @@ class TernGradCompressor(ScatterCodec):
             length = 4 + kernels.ternary_bytes(values.numel())
             if length <= dense_room(gradient):
                 payload = slot.workspace.room(length)
-                key = slot.random_key()
-                kernels.of(values).ternary_encode(values, bound, scaler, key, payload)
+                kernels.of(values).ternary_encode(values, bound, scaler, *slot.rounding(), payload)
             else:
                 payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
         return self.framed(slot, gradient, payload, rate=2.0, flags=flags)
@@ -82,12 +81,12 @@ class TernGradCompressor(ScatterCodec):
         assert common is not None
         if common.largest == math.inf:
             return [None] * len(cuts)
-        values, key = flat(gradient), slot.random_key()
+        values, (key, opposite) = flat(gradient), slot.rounding()
         payloads: list[Tensor | None] = []
         for start, stop in cuts:
             payload = torch.empty(self.piece_bytes(slot, stop - start, back=False), dtype=torch.uint8)
             piece, of_piece = values[start:stop], kernels.key_at(key, start)
-            kernels.of(values).ternary_encode(piece, common.mine, common.largest, of_piece, payload)
+            kernels.of(values).ternary_encode(piece, common.mine, common.largest, of_piece, opposite, payload)
             payload[: _SCALER.size] = _ONE
             payloads.append(payload)
         return payloads

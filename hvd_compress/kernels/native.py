@@ -58,9 +58,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_moments": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_magnitudes": (c_int32, [c_void_p, c_int, c_size_t, c_void_p]),
     "hc_largest": (c_int32, [c_void_p, c_int, c_size_t]),
-    "hc_ternary_encode": (None, [c_void_p, c_int, c_size_t, c_float, c_float, c_uint64, c_void_p]),
+    "hc_ternary_encode": (None, [c_void_p, c_int, c_size_t, c_float, c_float, c_uint64, c_int, c_void_p]),
     "hc_ternary_sum": (c_int32, [c_void_p, c_int, c_size_t, c_float, c_void_p]),
-    "hc_quantise_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_int, c_uint64, c_void_p]),
+    "hc_quantise_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_int, c_uint64, c_int, c_void_p]),
     "hc_quantise_sum": (c_int32, [c_void_p, c_int, c_size_t, c_int, c_size_t, c_float, c_void_p]),
     "hc_affine_encode": (c_int, [c_void_p, c_int, c_size_t, c_int, c_uint64, c_void_p]),
     "hc_affine_decode": (None, [c_void_p, c_size_t, c_int, c_void_p]),
@@ -188,12 +188,12 @@ def magnitudes(gradient: Tensor) -> tuple[float, float]:
     return top, total.value / gradient.numel() if 0 < top < float("inf") else 0.0
 
 
-def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, payload: Tensor) -> int:
+def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, opposite: bool, payload: Tensor) -> int:
     assert _library is not None
     length = _room(payload, 4 + ternary_bytes(gradient.numel()))
     start = payload.data_ptr()
     c_float.from_address(start).value = scaler
-    _library.hc_ternary_encode(*_array(gradient), bound, scaler, key, start + 4)
+    _library.hc_ternary_encode(*_array(gradient), bound, scaler, key, opposite, start + 4)
     return length
 
 
@@ -204,10 +204,12 @@ def ternary_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> floa
     return _magnitude(_checked(_library.hc_ternary_sum(_addresses(payloads), *shape)))
 
 
-def quantise_encode(gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, payload: Tensor) -> int:
+def quantise_encode(
+    gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, opposite: bool, payload: Tensor
+) -> int:
     assert _library is not None
     length = _room(payload, quantised_bytes(gradient.numel(), bits, bucket_size))
-    failed = _library.hc_quantise_encode(*_array(gradient), bits, bucket_size, l2, key, payload.data_ptr())
+    failed = _library.hc_quantise_encode(*_array(gradient), bits, bucket_size, l2, key, opposite, payload.data_ptr())
     return NOT_FINITE if failed else length
 
 

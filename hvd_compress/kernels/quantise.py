@@ -59,7 +59,7 @@ def _sums(rows: Tensor) -> Tensor:
 
 
 def quantise(values: Tensor, norms: Tensor, bits: int, bucket_size: int, random: Tensor) -> Tensor:
-    """Codes, int32 [numel], of float32 [numel]; stochastically rounded by `random`, int32 in [0, 2**24).
+    """Codes, int32 [numel], of float32 [numel]; by `random`, int32 in [0, 2**24), rounded up or down.
 
     Norms too small to be divided by must be zero.
     """
@@ -69,10 +69,9 @@ def quantise(values: Tensor, norms: Tensor, bits: int, bucket_size: int, random:
     uniform = random.to(torch.float32).mul_(2.0**-RANDOM_BITS)
     if bits == 1:
         return (uniform < (values * factor + 1) * 0.5).to(torch.int32)
-    magnitude = values.abs() * factor
-    whole = magnitude.floor()
-    level = (whole.to(torch.int32) + (uniform < magnitude - whole)).clamp_(max=levels)
-    return torch.where(torch.signbit(values), levels - level, levels + level).to(torch.int32)
+    level = values * factor
+    whole = level.floor()
+    return (whole.to(torch.int32) + (uniform < level - whole) + levels).clamp_(0, 2 * levels)
 
 
 def divisible(norms: Tensor, bits: int) -> Tensor:

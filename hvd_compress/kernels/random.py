@@ -59,3 +59,12 @@ def random_bits(numel: int, key: int, device: torch.device | str = "cpu") -> Ten
     x *= _signed32(0x846CA68B)
     x ^= _shift_right(x, 16)
     return _shift_right(x, 32 - RANDOM_BITS)
+
+
+def complements(opposite: bool) -> int:
+    """By exclusive or with it the integers of `random_bits` become their opposites; or stay themselves.
+
+    Two ranks that round numbers up by these and by those err in opposite directions as often as can be, and each of
+    them as it would by itself (antithetic variates).
+    """
+    return (1 << RANDOM_BITS) - 1 if opposite else 0

@@ -35,7 +35,7 @@ from .quantise import (
     quantised_bytes,
     unpack_codes,
 )
-from .random import random_bits
+from .random import complements, random_bits
 from .sparse import pack_sparse, sparse_bytes, unpack_sparse
 from .ternary import pack_ternary, ternarize, ternary_bytes, unpack_ternary
 from .topk import chunk_largest, topk_indices
@@ -102,10 +102,12 @@ def magnitudes(gradient: Tensor) -> tuple[float, float]:
     return top, _moments.mean_magnitude(gradient) if 0 < top < math.inf else 0.0
 
 
-def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, payload: Tensor) -> int:
+def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, opposite: bool, payload: Tensor) -> int:
     """TernGrad: the scaler, then a ternary code of each value, clipped to +-`bound`."""
     clipped = gradient.to(torch.float32).clamp(-bound, bound)
-    codes = ternarize(clipped, scaler, random_bits(clipped.numel(), key, clipped.device))
+    random = random_bits(clipped.numel(), key, clipped.device)
+    random ^= torch.where(torch.signbit(clipped), complements(not opposite), complements(opposite))  # rounds up
+    codes = ternarize(clipped, scaler, random)
     return _put(payload, _float(scaler), pack_ternary(codes))
 
 
@@ -122,13 +124,16 @@ def ternary_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> floa
     return _sum(payloads, divisor, out, decode, 1.0 if scale is None else scale)
 
 
-def quantise_encode(gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, payload: Tensor) -> int:
+def quantise_encode(
+    gradient: Tensor, bits: int, bucket_size: int, l2: bool, key: int, opposite: bool, payload: Tensor
+) -> int:
     """QSGD: a norm a bucket (Euclidean, or the largest magnitude), and stochastically rounded codes of `bits` bits."""
     values = gradient.to(torch.float32)
     if not largest(values) < math.inf:
         return NOT_FINITE
     norms = divisible(bucket_norms(values, bucket_size, l2), bits)
-    codes = quantise(values, norms, bits, bucket_size, random_bits(values.numel(), key, values.device))
+    random = random_bits(values.numel(), key, values.device) ^ complements(opposite)
+    codes = quantise(values, norms, bits, bucket_size, random)
     return _put(payload, norms.view(torch.uint8), pack_codes(codes, bits))
 
 

@@ -126,7 +126,11 @@ def test_codes_are_unbiased_with_the_variance_of_a_coin(scale):
 
 @pytest.mark.parametrize("name", ["terngrad_unclipped", "terngrad_local_unclipped"])
 def test_the_mean_over_seeds_is_the_gradient(name):
-    """The whole exchange of two ranks: variances of independent ranks add up."""
+    """The whole exchange of two ranks, which draw by the same numbers and their opposites.
+
+    Of the probabilities p, q that they send an element: where signs differ both send it in min(p, q) of all cases, and
+    it cancels; where they are equal, in max(0, p + q - 1).
+    """
     gradients = [random(300, seed=rank) for rank in range(2)]
     seeds = 2000
     totals = torch.zeros(300, dtype=torch.float64)
@@ -140,6 +144,10 @@ def test_the_mean_over_seeds_is_the_gradient(name):
     if TERNGRAD[name].share_scaler:
         scalers = [max(scalers)] * 2
     variance = sum(g.double().abs() * (s - g.double().abs()) for g, s in zip(gradients, scalers))
+    p, q = (g.double().abs() / s for g, s in zip(gradients, scalers))
+    covariance = torch.where(gradients[0] * gradients[1] < 0, p * q - p.minimum(q), (p + q - 1).clamp(min=0) - p * q)
+    alone, variance = variance, variance + 2 * scalers[0] * scalers[1] * covariance
+    assert float(variance.sum() / alone.sum()) < 0.9
     assert bool(((totals / seeds - exact).abs() <= 5 * (variance / seeds).sqrt() + 1e-6).all())
     measured = squares / seeds - (totals / seeds) ** 2
     assert float(measured.sum() / variance.sum()) == pytest.approx(1, abs=0.03)

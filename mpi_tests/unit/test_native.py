@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_seen(native, bad, place):
     for dtype in DTYPES:
         spoilt = values.to(dtype)
         assert native.bfloat_encode(spoilt, payload(2000)) == kernels.NOT_FINITE
-        assert native.quantise_encode(spoilt, 4, 64, False, KEY, payload(2000)) == kernels.NOT_FINITE
+        assert native.quantise_encode(spoilt, 4, 64, False, KEY, False, payload(2000)) == kernels.NOT_FINITE
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,8 +149,8 @@ def test_ternary(numel, dtype):
         top, sigma = reference.moments(values)
         if top < float("inf"):
             bound = min(top, float(torch.tensor(2.5 * sigma)) or top)
-            payloads.append(all_write("ternary_encode", length, values, bound, bound, KEY))
-            all_write("ternary_encode", length, values, bound / 3, top, KEY)
+            payloads.append(all_write("ternary_encode", length, values, bound, bound, KEY, False))
+            all_write("ternary_encode", length, values, bound / 3, top, KEY, True)
     for ranks in (1, 2, 3, 4, 5, len(payloads)):
         for divisor in (1.0, 3.0, 4.0):
             summed("ternary_sum", payloads[:ranks], numel, divisor)
@@ -164,7 +164,7 @@ def test_quantised(numel, code_bits):
         payloads = [
             written_
             for values in tensors(numel, dtype).values()
-            if (written_ := all_write("quantise_encode", length, values, code_bits, bucket, l2, KEY)) or not numel
+            if (written_ := all_write("quantise_encode", length, values, code_bits, bucket, l2, KEY, l2)) or not numel
         ]
         for divisor in (1.0, 3.0):
             summed("quantise_sum", payloads[:4], numel, divisor, code_bits, bucket)

@@ -102,8 +102,8 @@ HC_API int32_t hc_magnitudes(const void* x, int type, size_t numel, double* sum)
 HC_API int32_t hc_largest(const void* x, int type, size_t numel) { return level->largest(x, type, numel); }
 
 HC_API void hc_ternary_encode(
-    const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, uint8_t* codes) {
-    level->ternary_encode(x, type, numel, bound, scaler, key, codes);
+    const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, int opposite, uint8_t* codes) {
+    level->ternary_encode(x, type, numel, bound, scaler, key, opposite, codes);
 }
 
 HC_API int32_t hc_ternary_sum(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out) {
@@ -119,8 +119,8 @@ HC_API void hc_affine_decode(const uint8_t* payload, size_t numel, int bits, flo
 }
 
 HC_API int hc_quantise_encode(
-    const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload) {
-    return level->quantise_encode(x, type, numel, bits, bucket, l2, key, payload);
+    const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite, uint8_t* payload) {
+    return level->quantise_encode(x, type, numel, bits, bucket, l2, key, opposite, payload);
 }
 
 HC_API int32_t hc_quantise_sum(

@@ -14,10 +14,10 @@ struct Level {
     int32_t (*magnitudes)(const void* x, int type, size_t numel, double* sum);
     int32_t (*largest)(const void* x, int type, size_t numel);
     void (*ternary_encode)(
-        const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, uint8_t* codes);
+        const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, int opposite, uint8_t* codes);
     int32_t (*ternary_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);
     int (*quantise_encode)(
-        const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, uint8_t* payload);
+        const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite, uint8_t* payload);
     int32_t (*quantise_sum)(
         const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out);
     int32_t (*accumulate)(const void* x, int type, const float* residual, float* kept, size_t numel);

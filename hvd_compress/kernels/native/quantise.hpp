@@ -49,10 +49,9 @@ template <int BITS> I8 quantise(F8 x, F8 factor, I8 random) {
     if (BITS == 1) {
         return fless(u, (x * factor + fset(1)) * fset(0.5f)) & iset(1);
     }
-    const F8 magnitude = fabs8(x) * factor, whole = ffloor(magnitude);
-    const I8 up = fless(u, magnitude - whole);  // -1 where it is rounded up
-    const I8 levels = iset(levels_of(BITS));
-    return levels + times_sign(imin(truncate(whole) - up, levels), as_int(x));
+    const F8 level = x * factor, whole = ffloor(level);
+    const I8 up = fless(u, level - whole);  // -1 where it is rounded up
+    return imax(imin(truncate(whole) - up + iset(levels_of(BITS)), iset(2 * levels_of(BITS))), iset(0));
 }
 
 // Where in a block the bucket ends that `start`, the first element of a row, is in: a row, `rows` at most.
@@ -63,8 +62,10 @@ inline size_t bucket_end(size_t start, size_t bucket, size_t row, size_t rows) {
 
 // Returns 0, or -1 where a value is not finite. `bucket` is a multiple of eight.
 template <int BITS, class T>
-int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_t key, uint8_t* norms, uint8_t* codes) {
+int quantise_encode_as(
+    const T* x, size_t numel, size_t bucket, bool l2, uint64_t key, bool opposite, uint8_t* norms, uint8_t* codes) {
     const Stream stream(key);
+    const I8 flips = iset(opposite ? OPPOSITE : 0);
     float factors[BLOCK_ROWS];
     size_t known = 0;  // buckets whose norm is known
     float factor = 0;
@@ -111,7 +112,7 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
                 if (row * LANES * sizeof(T) % CACHE_LINE == 0) {
                     prefetch_ahead(x + i + row * LANES, CACHE_LINE / sizeof(T));
                 }
-                const I8 random = stream.bits(counters + iset(row * LANES));
+                const I8 random = stream.bits(counters + iset(row * LANES)) ^ flips;
                 put(row, quantise<BITS>(load(x + i + row * LANES), fset(factors[row]), random));
             }
         } else {
@@ -120,7 +121,7 @@ int quantise_encode_as(const T* x, size_t numel, size_t bucket, bool l2, uint64_
                 const F8 v = numel - first >= LANES ? load(x + first) : load(x + first, numel - first);
                 const int32_t present[LANES] = {0, 1, 2, 3, 4, 5, 6, 7};
                 const Mask inside = igreater(iset(static_cast<int32_t>(numel - first)), iload(present));
-                const I8 random = stream.bits(stream.counters(first));
+                const I8 random = stream.bits(stream.counters(first)) ^ flips;
                 put(static_cast<int>(row), quantise<BITS>(v, fset(factors[row]), random) & inside);
             }
         }

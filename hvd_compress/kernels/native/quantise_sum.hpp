@@ -50,6 +50,14 @@ template <int BITS, class F> HC_INLINE inline void add_codes(const uint8_t* code
     }
 }
 
+// The same where half of a block is a bucket, whose norms are at `norms`.
+template <int BITS> void add_halves(const uint8_t* codes, const uint8_t* norms, float* totals) {
+    float both[2];
+    std::memcpy(both, norms, sizeof both);
+    const Dequantiser<BITS> first(both[0] / levels_of(BITS)), second(both[1] / levels_of(BITS));
+    add_codes<BITS>(codes, totals, [&](int row) HC_INLINE { return row < BLOCK_ROWS / 2 ? first : second; });
+}
+
 // The same where the rows from `start` on are in several buckets.
 template <int BITS>
 void add_bucketed(const uint8_t* codes, const uint8_t* norms, size_t start, size_t bucket, size_t rows, float* totals) {
@@ -86,6 +94,8 @@ int32_t quantise_sum_as(
                     std::memcpy(&norm, payloads[r] + 4 * (i / bucket), 4);
                     const Dequantiser<BITS> unit(norm / levels_of(BITS));
                     add_codes<BITS>(codes, totals + (i - start), [&](int) HC_INLINE { return unit; });
+                } else if (bucket == QUANTISED_BLOCK / 2 && end - i > bucket) {
+                    add_halves<BITS>(codes, payloads[r] + 4 * (i / bucket), totals + (i - start));
                 } else {
                     const size_t rows = end - i < QUANTISED_BLOCK ? (end - i + LANES - 1) / LANES : BLOCK_ROWS;
                     add_bucketed<BITS>(codes, payloads[r], i, bucket, rows, totals + (i - start));

@@ -27,6 +27,9 @@ struct Stream {
     }
 };
 
+// By exclusive or with it, random bits become their opposites.
+constexpr int32_t OPPOSITE = 0xffffff;
+
 // Uniform in [0, scale): bits * 2^-24 * scale, rounded once. NORMAL says that 2^-24 * scale is exact.
 template <bool NORMAL> struct Uniform {
     F8 first, second;

@@ -98,15 +98,18 @@ template <class T> int32_t largest_bits(const T* x, size_t numel) {
 }
 
 // A code, 1 or 2 (negative), shifted to its place, for the elements of eight that are chosen: those with a probability
-// of min(|x|, bound) / scaler; 0 for the others.
+// of min(|x|, bound) / scaler; 0 for the others. Rounds up: a negative one goes by the opposite of `bits`.
 template <class U> I8 ternarize(F8 x, F8 bound, const U& uniform, I8 bits, int row) {
-    const Mask chosen = fless(uniform(bits), fmin(fabs8(x), bound));
-    return chosen & by_sign(x, iset(1 << (2 * row)), iset(static_cast<int32_t>(2u << (2 * row))));
+    const I8 sign = signs(x);
+    const Mask chosen = fless(uniform(bits ^ (sign & iset(OPPOSITE))), fmin(fabs8(x), bound));
+    return chosen & shl(iset(1) - sign, 2 * row);
 }
 
 template <bool NORMAL, class T>
-void ternary_encode_as(const T* x, size_t numel, float bound, float scaler, uint64_t key, uint8_t* codes) {
+void ternary_encode_as(
+    const T* x, size_t numel, float bound, float scaler, uint64_t key, bool opposite, uint8_t* codes) {
     const Stream stream(key);
+    const I8 flips = iset(opposite ? OPPOSITE : 0);
     const Uniform<NORMAL> uniform(scaler);
     const F8 bounds = fset(bound);
     const auto block = [&](size_t i) {
@@ -114,7 +117,7 @@ void ternary_encode_as(const T* x, size_t numel, float bound, float scaler, uint
         const I8 counters = stream.counters(i);
         HC_UNROLL(16)
         for (int row = 0; row < 16; row++) {
-            const I8 bits = stream.bits(counters + iset(row * LANES));
+            const I8 bits = stream.bits(counters + iset(row * LANES)) ^ flips;
             words = words | ternarize(load(x + i + row * LANES), bounds, uniform, bits, row);
         }
         istore(codes + i / 4, words);
@@ -140,15 +143,17 @@ void ternary_encode_as(const T* x, size_t numel, float bound, float scaler, uint
         I8 words = iset(0);
         for (size_t first = full, row = 0; first < numel; first += LANES, row++) {
             const F8 v = numel - first >= LANES ? load(x + first) : load(x + first, numel - first);
-            words = words | ternarize(v, bounds, uniform, stream.bits(stream.counters(first)), static_cast<int>(row));
+            const I8 bits = stream.bits(stream.counters(first)) ^ flips;
+            words = words | ternarize(v, bounds, uniform, bits, static_cast<int>(row));
         }
         istore(codes + full / 4, words);
     }
 }
 
 template <class T>
-void ternary_encode(const T* x, size_t numel, float bound, float scaler, uint64_t key, uint8_t* codes) {
-    (is_normal(scaler) ? ternary_encode_as<true, T> : ternary_encode_as<false, T>)(x, numel, bound, scaler, key, codes);
+void ternary_encode(const T* x, size_t numel, float bound, float scaler, uint64_t key, bool opposite, uint8_t* codes) {
+    const auto encode = is_normal(scaler) ? ternary_encode_as<true, T> : ternary_encode_as<false, T>;
+    encode(x, numel, bound, scaler, key, opposite, codes);
 }
 
 // What each code stands for, twice: the bit above a code does not matter to `lookup`.

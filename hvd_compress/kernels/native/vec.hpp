@@ -79,6 +79,7 @@ inline int bits(Mask m) { return _mm256_movemask_ps(_mm256_castsi256_ps(m.v)); }
 inline I8 by_sign(F8 x, I8 positive, I8 negative) {
     return as_int(F8{_mm256_blendv_ps(as_float(positive).v, as_float(negative).v, x.v)});
 }
+inline I8 signs(F8 x) { return {_mm256_srai_epi32(as_int(x).v, 31)}; }  // -1 where the sign is set, else 0
 constexpr bool FAST_LOOKUPS = true;
 inline F8 lookup(F8 table, I8 index) { return {_mm256_permutevar8x32_ps(table.v, index.v)}; }  // by index % 8
 // By index % 4, of a table of four that is there twice.
@@ -201,6 +202,11 @@ inline I8 by_sign(F8 x, I8 positive, I8 negative) {
     const I8 sign = as_int(x);
     I8 r;
     HC_EACH(sign.v[i] < 0 ? negative.v[i] : positive.v[i])
+}
+inline I8 signs(F8 x) {
+    const I8 bits = as_int(x);
+    I8 r;
+    HC_EACH(bits.v[i] < 0 ? -1 : 0)
 }
 constexpr bool FAST_LOOKUPS = false;  // they go lane by lane
 inline F8 lookup(F8 table, I8 index) { F8 r; HC_EACH(table.v[index.v[i] & 7]) }
