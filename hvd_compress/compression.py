@@ -109,8 +109,8 @@ class Compression:
         """What is fastest on these ranks and this network, none included: tried while training goes on, and again after
         `interval` steps. Says on rank 0 what it takes, and by which figures. See docs/predict.md.
 
-        accuracy: "safe": none, bf16 and QSGD are tried, which have lost nothing so far: with 4 bits for an `optimizer`
-            of SGD's kind, else with 8. "aggressive": QSGD with 4 bits, and one bit, or for SGD top-k of 1 %.
+        accuracy: "safe": none, bf16 and QSGD of 4 bits are tried, which have lost nothing so far, for an `optimizer`
+            of SGD's kind with fewer norms. "aggressive": one bit besides, or for SGD top-k of 1 %.
         steps, rounds: each candidate is tried for so many steps, so many times in turn; the median step counts, on the
             slowest rank. One that is not faster than none by 2 % is not taken.
         log: file that rank 0 appends each decision to, with what it was made from.

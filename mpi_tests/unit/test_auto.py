@@ -71,7 +71,7 @@ def test_the_fastest_is_taken_after_the_trial_and_tried_again_later(clock, caplo
         assert run(ranks, clock, range(59, 68), (1.0, 0.6, 0.7)) == [1] * 9
     said = [record.getMessage() for record in caplog.records if "auto goes on" in record.getMessage()]
     assert len(said) == 2
-    assert "QSGDCompressor(bits=8" in said[0]
+    assert "QSGDCompressor(bits=4, bucket_size=128" in said[0]
     assert "from step 25 on, 0.50 of the time; a step took: NoneCompressor() 1000.0 ms" in said[0]
     lines = [json.loads(line) for line in (tmp_path / "auto.jsonl").read_text().splitlines()]
     assert [(line["number"], line["step"]) for line in lines] == [(1, 25), (2, 59)]
@@ -107,7 +107,7 @@ def test_the_slowest_rank_and_the_median_count(clock):
 
 def test_what_comes_is_what_the_candidate_gives(clock):
     """In steps of none the exact sum, in those of QSGD its own bits."""
-    ranks, qsgd = world(), LocalRanks([Compression.qsgd(_named(), bits=8) for _ in range(2)])
+    ranks, qsgd = world(), LocalRanks([Compression.qsgd(_named(), bits=4, bucket_size=128) for _ in range(2)])
     for step in range(12):
         mine = gradients(step, 2)
         result, by_qsgd = ranks.exchange(mine)[0], qsgd.exchange(mine)[0]
@@ -152,9 +152,9 @@ def test_copies_choose_by_themselves(clock):
 @pytest.mark.parametrize(
     ("optimizer", "accuracy", "last"),
     [
-        (torch.optim.SGD, "safe", "QSGDCompressor(bits=4,"),
-        (torch.optim.AdamW, "safe", "QSGDCompressor(bits=8,"),
-        (None, "safe", "QSGDCompressor(bits=8,"),
+        (torch.optim.SGD, "safe", "QSGDCompressor(bits=4, bucket_size=512,"),
+        (torch.optim.AdamW, "safe", "QSGDCompressor(bits=4, bucket_size=128,"),
+        (None, "safe", "QSGDCompressor(bits=4, bucket_size=128,"),
         (torch.optim.SGD, "aggressive", "TopKCompressor("),
         (torch.optim.AdamW, "aggressive", "OneBitCompressor("),
         (None, "aggressive", "OneBitCompressor("),

@@ -156,7 +156,7 @@ def test_rank_and_size_are_those_of_one_before_the_first_exchange():
     ("optimizer", "accuracy", "printed"),
     [
         (torch.optim.SGD, "safe", "Compression.qsgd(bits=4"),
-        (torch.optim.AdamW, "safe", "Compression.qsgd(bits=8"),
+        (torch.optim.AdamW, "safe", "Compression.qsgd(bits=4, bucket_size=128"),
         (torch.optim.Adam, "aggressive", "Compression.onebit(momentum=0.0"),
         (torch.optim.SGD, "aggressive", "Compression.topk(density=0.01, value_bits=8"),
     ],
