@@ -81,8 +81,9 @@ class Slot:
     def rounding(self) -> tuple[int, bool]:
         """Key of the random numbers that this gradient is rounded by, and whether by their opposite.
 
-        Ranks 2 i and 2 i + 1 have the same numbers: what they err by together has half the variance that it had with
-        numbers of their own, whatever the values (antithetic variates; see also Suresh et al., arXiv 2203.04925).
+        Ranks 2 i and 2 i + 1 have the same numbers: what they err by together has less variance than with numbers of
+        their own, half of it where they round to equal levels (antithetic variates; see also Suresh et al., arXiv
+        2203.04925).
         """
         parameter, step = self.parameter, self.step
         pair, second = divmod(step.rank, 2)
