@@ -19,6 +19,8 @@ from .step_check import is_of_adam
 
 Accuracy = Literal["safe", "aggressive"]
 
+_SAFE_BITS = 4
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -37,7 +39,7 @@ def recommend(optimizer: torch.optim.Optimizer, accuracy: Accuracy = "safe") -> 
     name = type(optimizer).__name__
     if accuracy == "safe":
         safe = _safe(optimizer)
-        fewer = 32 / (4 + 32 / safe.bucket_size)
+        fewer = 32 / (_SAFE_BITS + 32 / safe.bucket_size)
         return Recommendation(safe, f"{fewer:.1f} times fewer bytes; no loss was seen with {name}")
     if accuracy != "aggressive":
         raise ValueError(f"accuracy must be 'safe' or 'aggressive': {accuracy!r}")
@@ -65,4 +67,4 @@ def candidates(optimizer: torch.optim.Optimizer | None, accuracy: Accuracy = "sa
 
 def _safe(optimizer: torch.optim.Optimizer | None) -> QSGDCompressor:
     """Adam, which the optimizer may be where it is not known, feels the error of larger buckets on a transformer."""
-    return QSGDCompressor(bits=4, bucket_size=128 if optimizer is None or is_of_adam(optimizer) else 512)
+    return QSGDCompressor(bits=_SAFE_BITS, bucket_size=128 if optimizer is None or is_of_adam(optimizer) else 512)

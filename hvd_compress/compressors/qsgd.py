@@ -60,19 +60,14 @@ class QSGDCompressor(ScatterCodec):
         return {FRAMES: frame_room(kernels.quantised_bytes(numel, bits, self.bucket_size)) if saves else 0}
 
     def frame(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
-        values, bits = flat(gradient), self.rate_of(slot)
-        kernel, flags = kernels.of(values), 0
+        values, bits, flags = flat(gradient), self.rate_of(slot), 0
         length = kernels.quantised_bytes(values.numel(), bits, self.bucket_size)
-        payload: Tensor | None
         if length <= dense_room(gradient):
-            payload = slot.workspace.room(length)
-            l2, rounding = self.norm == "l2", slot.rounding()
-            length = kernel.quantise_encode(values, bits, self.bucket_size, l2, *rounding, payload)
-            finite = length != kernels.NOT_FINITE
+            payload = self._encoded(values, bits, *slot.rounding(), slot.workspace.room(length))
         else:
-            payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0], wire.DENSE
-            finite = kernel.largest(values) < math.inf
-        return self.framed(slot, gradient, payload if finite else None, rate=bits, flags=flags)
+            finite = kernels.of(values).largest(values) < math.inf
+            payload, flags = encode_dense(flat32(gradient), gradient.dtype)[0] if finite else None, wire.DENSE
+        return self.framed(slot, gradient, payload, rate=bits, flags=flags)
 
     def add(self, slot: Slot, payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float:
         return float(kernels.of(out).quantise_sum(payloads, self.rate_of(slot), self.bucket_size, divisor, out))
@@ -103,8 +98,12 @@ class QSGDCompressor(ScatterCodec):
     def take_back(self, slot: Slot, payload: Tensor, common: Common | None, divisor: float, out: Tensor) -> float:
         return float(kernels.of(out).quantise_sum([payload], _MOST_BITS, self.bucket_size, divisor, out))
 
-    def _encoded(self, values: Tensor, bits: int, key: int, opposite: bool = False) -> Tensor | None:
-        payload = torch.empty(kernels.quantised_bytes(values.numel(), bits, self.bucket_size), dtype=torch.uint8)
+    def _encoded(
+        self, values: Tensor, bits: int, key: int, opposite: bool = False, payload: Tensor | None = None
+    ) -> Tensor | None:
+        """Norms and codes, in `payload` or new memory; None for what is not finite."""
+        if payload is None:
+            payload = torch.empty(kernels.quantised_bytes(values.numel(), bits, self.bucket_size), dtype=torch.uint8)
         l2 = self.norm == "l2"
         length = kernels.of(values).quantise_encode(values, bits, self.bucket_size, l2, key, opposite, payload)
         return None if length == kernels.NOT_FINITE else payload

@@ -44,9 +44,9 @@ class RoomTransport(WatchfulTransport):
         self._rooms = Rooms()
 
     @property
+    @abc.abstractmethod
     def most_gathered_bytes(self) -> float:
         """Of all ranks' rows together; longer ones are gathered as `allgather` does."""
-        return float("inf")
 
     @abc.abstractmethod
     def gather_rows(self, row: Tensor) -> Pending:
