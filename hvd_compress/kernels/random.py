@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 RANDOM_BITS = 24  # of each element: as many as a float32 holds exactly
+OPPOSITE = (1 << RANDOM_BITS) - 1  # by exclusive or with it, random bits become their opposites
 
 _MASK64 = (1 << 64) - 1
 
@@ -45,8 +46,11 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)  # int32 shifts keep the sign: clear it
 
 
-def random_bits(numel: int, key: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform integers in [0, 2**24), int32 [numel].
+def random_bits(numel: int, key: int, device: torch.device | str = "cpu", opposite: bool = False) -> Tensor:
+    """Uniform integers in [0, 2**24), int32 [numel]; with `opposite` what each lacks of the largest.
+
+    Two ranks that round numbers up by these and by those err in opposite directions as often as can be, and each of
+    them as it would by itself (antithetic variates).
 
     A 32-bit two-multiply hash of the counter (the shifts and multipliers of Wellons' lowbias32); one half of the key
     offsets the counter, the other is added between the rounds, so that two keys are not shifts of one sequence.
@@ -58,13 +62,5 @@ def random_bits(numel: int, key: int, device: torch.device | str = "cpu") -> Ten
     x ^= _shift_right(x, 15)
     x *= _signed32(0x846CA68B)
     x ^= _shift_right(x, 16)
-    return _shift_right(x, 32 - RANDOM_BITS)
-
-
-def complements(opposite: bool) -> int:
-    """By exclusive or with it the integers of `random_bits` become their opposites; or stay themselves.
-
-    Two ranks that round numbers up by these and by those err in opposite directions as often as can be, and each of
-    them as it would by itself (antithetic variates).
-    """
-    return (1 << RANDOM_BITS) - 1 if opposite else 0
+    x = _shift_right(x, 32 - RANDOM_BITS)
+    return x ^ OPPOSITE if opposite else x

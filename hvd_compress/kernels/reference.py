@@ -35,7 +35,7 @@ from .quantise import (
     quantised_bytes,
     unpack_codes,
 )
-from .random import complements, random_bits
+from .random import OPPOSITE, random_bits
 from .sparse import pack_sparse, sparse_bytes, unpack_sparse
 from .ternary import pack_ternary, ternarize, ternary_bytes, unpack_ternary
 from .topk import chunk_largest, topk_indices
@@ -105,8 +105,8 @@ def magnitudes(gradient: Tensor) -> tuple[float, float]:
 def ternary_encode(gradient: Tensor, bound: float, scaler: float, key: int, opposite: bool, payload: Tensor) -> int:
     """TernGrad: the scaler, then a ternary code of each value, clipped to +-`bound`."""
     clipped = gradient.to(torch.float32).clamp(-bound, bound)
-    random = random_bits(clipped.numel(), key, clipped.device)
-    random ^= torch.where(torch.signbit(clipped), complements(not opposite), complements(opposite))  # rounds up
+    random = random_bits(clipped.numel(), key, clipped.device, opposite)
+    random ^= torch.signbit(clipped) * OPPOSITE  # rounds up
     codes = ternarize(clipped, scaler, random)
     return _put(payload, _float(scaler), pack_ternary(codes))
 
@@ -132,7 +132,7 @@ def quantise_encode(
     if not largest(values) < math.inf:
         return NOT_FINITE
     norms = divisible(bucket_norms(values, bucket_size, l2), bits)
-    random = random_bits(values.numel(), key, values.device) ^ complements(opposite)
+    random = random_bits(values.numel(), key, values.device, opposite)
     codes = quantise(values, norms, bits, bucket_size, random)
     return _put(payload, norms.view(torch.uint8), pack_codes(codes, bits))
 

@@ -119,7 +119,8 @@ HC_API void hc_affine_decode(const uint8_t* payload, size_t numel, int bits, flo
 }
 
 HC_API int hc_quantise_encode(
-    const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite, uint8_t* payload) {
+    const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite,
+    uint8_t* payload) {
     return level->quantise_encode(x, type, numel, bits, bucket, l2, key, opposite, payload);
 }
 

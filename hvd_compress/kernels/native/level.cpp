@@ -86,7 +86,8 @@ int32_t largest_(const void* x, int type, size_t numel) {
     return with_type(x, type, [&](auto* p) { return largest_bits(p, numel); });
 }
 
-void ternary_encode_(const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, int opposite, uint8_t* codes) {
+void ternary_encode_(
+    const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, int opposite, uint8_t* codes) {
     with_type(x, type, [&](auto* p) { ternary_encode(p, numel, bound, scaler, key, opposite != 0, codes); });
 }
 
@@ -96,7 +97,8 @@ int32_t ternary_sum_(const uint8_t* const* payloads, int ranks, size_t numel, fl
 }
 
 int quantise_encode_(
-    const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite, uint8_t* payload) {
+    const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite,
+    uint8_t* payload) {
     uint8_t* codes = payload + 4 * ((numel + bucket - 1) / bucket);
     return with_type(x, type, [&](auto* p) {
         return with_bits(bits, [&](auto b) {

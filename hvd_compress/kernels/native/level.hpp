@@ -17,7 +17,8 @@ struct Level {
         const void* x, int type, size_t numel, float bound, float scaler, uint64_t key, int opposite, uint8_t* codes);
     int32_t (*ternary_sum)(const uint8_t* const* payloads, int ranks, size_t numel, float divisor, float* out);
     int (*quantise_encode)(
-        const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite, uint8_t* payload);
+        const void* x, int type, size_t numel, int bits, size_t bucket, int l2, uint64_t key, int opposite,
+        uint8_t* payload);
     int32_t (*quantise_sum)(
         const uint8_t* const* payloads, int ranks, size_t numel, int bits, size_t bucket, float divisor, float* out);
     int32_t (*accumulate)(const void* x, int type, const float* residual, float* kept, size_t numel);

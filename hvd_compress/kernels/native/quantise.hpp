@@ -64,8 +64,7 @@ inline size_t bucket_end(size_t start, size_t bucket, size_t row, size_t rows) {
 template <int BITS, class T>
 int quantise_encode_as(
     const T* x, size_t numel, size_t bucket, bool l2, uint64_t key, bool opposite, uint8_t* norms, uint8_t* codes) {
-    const Stream stream(key);
-    const I8 flips = iset(opposite ? OPPOSITE : 0);
+    const Stream stream(key, opposite);
     float factors[BLOCK_ROWS];
     size_t known = 0;  // buckets whose norm is known
     float factor = 0;
@@ -112,7 +111,7 @@ int quantise_encode_as(
                 if (row * LANES * sizeof(T) % CACHE_LINE == 0) {
                     prefetch_ahead(x + i + row * LANES, CACHE_LINE / sizeof(T));
                 }
-                const I8 random = stream.bits(counters + iset(row * LANES)) ^ flips;
+                const I8 random = stream.bits(counters + iset(row * LANES));
                 put(row, quantise<BITS>(load(x + i + row * LANES), fset(factors[row]), random));
             }
         } else {
@@ -121,7 +120,7 @@ int quantise_encode_as(
                 const F8 v = numel - first >= LANES ? load(x + first) : load(x + first, numel - first);
                 const int32_t present[LANES] = {0, 1, 2, 3, 4, 5, 6, 7};
                 const Mask inside = igreater(iset(static_cast<int32_t>(numel - first)), iload(present));
-                const I8 random = stream.bits(stream.counters(first)) ^ flips;
+                const I8 random = stream.bits(stream.counters(first));
                 put(static_cast<int>(row), quantise<BITS>(v, fset(factors[row]), random) & inside);
             }
         }

@@ -5,11 +5,14 @@
 
 namespace HC_LEVEL {
 
-struct Stream {
-    I8 low, high;
+constexpr int32_t OPPOSITE = 0xffffff;  // by exclusive or with it, random bits become their opposites
 
-    explicit Stream(uint64_t key)
-        : low(iset(static_cast<int32_t>(key)) + iota()), high(iset(static_cast<int32_t>(key >> 32))) {}
+struct Stream {
+    I8 low, high, flips;
+
+    explicit Stream(uint64_t key, bool opposite = false)
+        : low(iset(static_cast<int32_t>(key)) + iota()), high(iset(static_cast<int32_t>(key >> 32))),
+          flips(iset(opposite ? OPPOSITE : 0)) {}
 
     // The counters of the elements first, ..., first + 7.
     I8 counters(size_t first) const { return low + iset(static_cast<int32_t>(first)); }
@@ -23,12 +26,9 @@ struct Stream {
         x = x ^ shr<15>(x);
         x = x * iset(static_cast<int32_t>(0x846ca68b));
         x = x ^ shr<16>(x);
-        return shr<8>(x);
+        return shr<8>(x) ^ flips;
     }
 };
-
-// By exclusive or with it, random bits become their opposites.
-constexpr int32_t OPPOSITE = 0xffffff;
 
 // Uniform in [0, scale): bits * 2^-24 * scale, rounded once. NORMAL says that 2^-24 * scale is exact.
 template <bool NORMAL> struct Uniform {

@@ -108,8 +108,7 @@ template <class U> I8 ternarize(F8 x, F8 bound, const U& uniform, I8 bits, int r
 template <bool NORMAL, class T>
 void ternary_encode_as(
     const T* x, size_t numel, float bound, float scaler, uint64_t key, bool opposite, uint8_t* codes) {
-    const Stream stream(key);
-    const I8 flips = iset(opposite ? OPPOSITE : 0);
+    const Stream stream(key, opposite);
     const Uniform<NORMAL> uniform(scaler);
     const F8 bounds = fset(bound);
     const auto block = [&](size_t i) {
@@ -117,7 +116,7 @@ void ternary_encode_as(
         const I8 counters = stream.counters(i);
         HC_UNROLL(16)
         for (int row = 0; row < 16; row++) {
-            const I8 bits = stream.bits(counters + iset(row * LANES)) ^ flips;
+            const I8 bits = stream.bits(counters + iset(row * LANES));
             words = words | ternarize(load(x + i + row * LANES), bounds, uniform, bits, row);
         }
         istore(codes + i / 4, words);
@@ -143,7 +142,7 @@ void ternary_encode_as(
         I8 words = iset(0);
         for (size_t first = full, row = 0; first < numel; first += LANES, row++) {
             const F8 v = numel - first >= LANES ? load(x + first) : load(x + first, numel - first);
-            const I8 bits = stream.bits(stream.counters(first)) ^ flips;
+            const I8 bits = stream.bits(stream.counters(first));
             words = words | ternarize(v, bounds, uniform, bits, static_cast<int>(row));
         }
         istore(codes + full / 4, words);
