@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .agreement import BYTES, agree, mismatch
+from .anchor import anchored
 from .binding import calling_optimizer
 from .compressors import SummedCompressor
-from .engine import Engine
+from .engine import Engine, Ticket
 from .paced_engine import PacedEngine
 from .session import CLOSING, NONE, Session
 from .step_check import GradientChangedError, Taken, advise, called_by_grad_scaler, came_too_often, problem_of
@@ -42,6 +43,16 @@ class _AddedUp:
     gradient: Tensor
     version: int  # of the gradient, when the summand was made of it
     size: int  # of the set of ranks
+    anchor: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """Context of a carrier, while the gradient travels by itself."""
+
+    ticket: Ticket
+    gradient: Tensor
+    anchor: Tensor
 
 
 class HorovodHooks:
@@ -78,15 +89,13 @@ class HorovodHooks:
         alone = compression.size == 1 and not compression.compressor.replaces
         compressor = NONE if alone else compression.compressor_of(index, tensor)
         if isinstance(compressor, SummedCompressor) and not compression.delays:
-            summand = compression.summand(index, compressor, tensor)
-            engine.transport.give_way()
-            return summand, _AddedUp(compressor, tensor, tensor._version, compression.size)
+            summand, anchor = anchored(compression.summand(index, compressor, tensor))
+            return summand, _AddedUp(compressor, tensor, tensor._version, compression.size, anchor)
         frozen = not compression.parameters[index].requires_grad  # then Horovod reduces zeros
         ticket = compression.start(index, compressor, tensor, in_place=True, frozen=frozen)
-        carrier = self._carrier(tensor)
+        carrier, anchor = anchored(self._carrier(tensor))
         ticket.sent_bytes += carrier.numel() * carrier.element_size()
-        engine.transport.give_way()
-        return carrier, (ticket, tensor)
+        return carrier, _Carried(ticket, tensor, anchor)
 
     def _carrier(self, tensor: Tensor) -> Tensor:
         """Of the gradient's own type: the tensors of one of Horovod's groups must not differ in it."""
@@ -101,8 +110,8 @@ class HorovodHooks:
         compression = self.compression
         if self.taken.gradients:
             self._close_step(engine)
-        if isinstance(context, tuple):
-            ticket, gradient = context
+        if isinstance(context, _Carried):
+            ticket, gradient = context.ticket, context.gradient
             assert engine is not None
             if not compression.delays:
                 engine.finish(ticket)  # first: it may know better than the carrier what is wrong

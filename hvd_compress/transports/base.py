@@ -125,9 +125,6 @@ class Transport(abc.ABC):
         """Whether this still is the set of ranks that it was made for."""
         return True
 
-    def give_way(self) -> None:  # noqa: B027  # most transports end without it
-        """To be called just before this process posts an operation, be it another's: let a shutdown end first."""
-
     def leave(self) -> None:  # noqa: B027  # most transports notice by themselves
         """Tell the other ranks, should they ever wait for this one, that it takes part no longer."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
+from horovod.torch import mpi_ops
 from torch import Tensor
 
+from ..anchor import anchored
 from ..requests import ReduceOp
 from ..wire import WireError
 from .base import Pending, PolledPending, Transport
@@ -22,8 +23,6 @@ _ROW_BYTES = 16
 MAX_ELEMENTS = (1 << 31) - 1
 
 _posted: dict[Any, str] = {}  # names of operations by handle, until they are synchronized
-_no_set = hvd.ProcessSet([])
-_no_set.process_set_id = -100  # that no set has, not even as an error's number
 
 
 def outstanding() -> list[str]:
@@ -35,8 +34,8 @@ def outstanding() -> list[str]:
 
 
 class _HorovodPending(PolledPending):
-    def __init__(self, name: str, handle: Any, transform: Callable[[Any], Any]) -> None:
-        self._handle, self._transform = handle, transform
+    def __init__(self, name: str, handle: Any, transform: Callable[[Any], Any], anchors: Sequence[Tensor]) -> None:
+        self._handle, self._transform, self._anchors = handle, transform, anchors
         _posted[handle] = name
 
     def ready(self) -> bool:
@@ -78,16 +77,6 @@ class HorovodTransport(Transport):
     def is_current(self) -> bool:
         return bool(hvd.is_initialized()) and (self._set.rank(), self._set.size()) == (self.rank, self.size)
 
-    def give_way(self) -> None:
-        """Let a shutdown that is under way come to its end: what is posted after it has an error at once.
-
-        When a rank ends, Horovod's thread on every other drops the tensors of what is posted there. For that it needs
-        Python's lock (seen with torch 2.13), and holds the lock of the table of process sets meanwhile; what posts
-        holds Python's and wants the table's, and the job hangs. This takes the table's alone, in a microsecond.
-        """
-        with contextlib.suppress(ValueError):  # there is no such set
-            _no_set.rank()
-
     def allreduce(self, name: str, tensor: Tensor, op: ReduceOp) -> Pending:
         return self._post(hvd.allreduce_async_, name, _same, tensor, op=_OPS[op])
 
@@ -114,8 +103,9 @@ class HorovodTransport(Transport):
     def _post(
         self, operation: Callable[..., Any], name: str, transform: Callable[[Any], Any], tensor: Tensor, **options: Any
     ) -> Pending:
-        self.give_way()
-        return _HorovodPending(name, operation(tensor, name=name, process_set=self._set, **options), transform)
+        posted, anchor = anchored(tensor)
+        handle = operation(posted, name=name, process_set=self._set, **options)
+        return _HorovodPending(name, handle, transform, [anchor, *_output_anchors(handle)])
 
     def _width(self, name: str) -> int:
         """1 and 2 in turn: another shape than last time, so that Horovod negotiates this collective each time.
@@ -125,6 +115,12 @@ class HorovodTransport(Transport):
         """
         self._widths[name] = 3 - self._widths.get(name, 2)
         return self._widths[name]
+
+
+def _output_anchors(handle: Any) -> list[Tensor]:
+    """Of the tensors that Horovod has made for the answer, which it keeps beside what was posted."""
+    *_, outputs = mpi_ops._handle_map[handle]
+    return [anchored(output)[1] for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
 def _same(tensor: Tensor) -> Tensor:

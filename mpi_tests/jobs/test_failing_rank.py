@@ -35,8 +35,11 @@ def test_sys_exit_on_one_rank_ends_the_job(launcher):
         assert ended.code == 3
 
 
-def test_a_rank_that_leaves_while_others_post_ends_the_job():
-    ended = run("horovod-mpi", 2, "leave_while_posting.py")
+@pytest.mark.parametrize(
+    ("launcher", "poster"), [("horovod-mpi", "transport"), ("horovod-mpi", "optimizer"), ("horovod-gloo", "optimizer")]
+)
+def test_a_rank_that_leaves_while_others_post_ends_the_job(launcher, poster):
+    ended = run(launcher, 2, "leave_while_posting.py", poster)
     assert ended.code, str(ended)
     assert "Horovod has been shut down" in ended.of_rank(0)
 

@@ -46,7 +46,7 @@ LAYERS = [
     {"wire", "memory", "requests", "telemetry", "schedules"},
     {"kernels"},
     {"environment"},
-    {"version", "log", "calls", "launcher", "pictures"},
+    {"version", "anchor", "log", "calls", "launcher", "pictures"},
 ]
 # Who may reach for the other side of a layer.
 SIDEWAYS = {("mpi", "compression")}
