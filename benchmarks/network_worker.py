@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import math
 import os
 import random
@@ -49,6 +50,7 @@ class _Torch:
         os.environ["GLOO_SOCKET_IFNAME"] = options.interface
         address = f"tcp://{options.master}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=self.rank, world_size=size)
+        atexit.register(torch.distributed.destroy_process_group)
         self.barrier = torch.distributed.barrier
 
     def gather(self, values: Tensor) -> Tensor:

@@ -63,12 +63,9 @@ def _looked_at(options: argparse.Namespace) -> int:
 def _connected(launcher: str | None, mine: Facts) -> Transport | None:
     """By what the launcher is for; None where there is but this process. MPI, where it can: Horovod may be on it."""
     if launcher == "torchrun":
-        import torch.distributed as dist
+        from ..transports.torch_distributed import over_gloo
 
-        from ..transports.torch_distributed import TorchTransport
-
-        dist.init_process_group("gloo")
-        return TorchTransport()
+        return over_gloo()
     if _by_mpi(mine):
         from mpi4py import MPI
 

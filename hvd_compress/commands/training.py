@@ -94,12 +94,9 @@ class ByTorch(Way):
     name = "DistributedDataParallel"
 
     def __init__(self) -> None:
-        import torch.distributed as dist
+        from ..transports.torch_distributed import over_gloo
 
-        from ..transports.torch_distributed import TorchTransport
-
-        dist.init_process_group("gloo")
-        self.transport = TorchTransport()
+        self.transport = over_gloo()
 
     def wrapped(self, trained: Trained, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks

@@ -6,6 +6,7 @@ Tried on Gloo alone. NCCL carries tensors of a GPU only: frames are moved there 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -191,3 +192,14 @@ def _device(config: str) -> torch.device:
     backends = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
     kind = "cpu" if backends.get("cpu", "nccl") != "nccl" else next(d for d in backends if d != "cpu")
     return torch.device(kind, getattr(torch, kind).current_device()) if kind != "cpu" else torch.device("cpu")
+
+
+def over_gloo() -> TorchTransport:
+    """All that the launcher has started, on Gloo; to be called once.
+
+    The group is destroyed before Python ends: a thread of Gloo's that still lets go of what the last collective has
+    moved then would abort the process (seen with torch 2.13).
+    """
+    dist.init_process_group("gloo")
+    atexit.register(dist.destroy_process_group)
+    return TorchTransport()

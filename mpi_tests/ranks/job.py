@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import atexit
 import contextlib
 import functools
 import os
@@ -175,6 +176,7 @@ class TorchJob(Job):
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
         self.dist = dist
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 

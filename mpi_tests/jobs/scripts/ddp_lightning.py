@@ -85,3 +85,4 @@ for name, make in {
     difference = float((trained - alone).abs().max())
     if dist.get_rank() == 0:
         print(f"{name}: {difference:.0e} from DDP alone, {traffic.compression_ratio:.1f} times fewer bytes", flush=True)
+dist.destroy_process_group()
