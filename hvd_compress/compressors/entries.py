@@ -27,6 +27,7 @@ from .slot import Slot
 
 _MEASURED_EVERY = 64  # steps; in between the threshold is steered by how many entries there were
 _FEW, _MANY = 4 / 5, 5 / 4  # of the wanted entries, beyond which the threshold changes
+_OF_SUM = 2  # times the entries of a rank that owners send of the sum: by as many, 64 ranks learn more slowly
 _MOST = 4  # times the wanted entries that an owner sends at most
 _SPARE = 8  # entries that it may send besides, where there are hardly any
 _EXACT, _VALUE_BITS = 32, (32, 8, 4)
@@ -41,8 +42,12 @@ class EntriesCodec(ScatterCodec):
     value_bits: int  # an option
 
     def wanted(self, slot: Slot) -> int:
-        """Entries that a rank sends of this gradient, and owners together of its sum."""
+        """Entries that a rank sends of this gradient."""
         raise NotImplementedError
+
+    def wanted_of_sum(self, slot: Slot) -> int:
+        """Entries that owners send together of the sum over the ranks, in which more are large than on any of them."""
+        return min(_OF_SUM * self.wanted(slot), slot.parameter.numel)
 
     @abc.abstractmethod
     def selected(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:
@@ -87,10 +92,12 @@ class EntriesCodec(ScatterCodec):
         ]
 
     def piece_bytes(self, slot: Slot, numel: int, *, back: bool) -> int:
-        return self.entry_bytes(numel, self._wanted_of(slot, numel))
+        wanted = self.wanted_of_sum(slot) if back else self.wanted(slot)
+        return self.entry_bytes(numel, _share(wanted, slot, numel))
 
     def give_back(self, slot: Slot, total: Tensor, start: int, common: Common | None) -> Tensor | None:
-        name, numel, wanted = owned_key(slot.name, start), total.numel(), self._wanted_of(slot, total.numel())
+        name, numel = owned_key(slot.name, start), total.numel()
+        wanted = _share(self.wanted_of_sum(slot), slot, numel)
         kernel, kept = kernels.of(total), slot.memory.room(name, total)
         owed, threshold = slot.memory.residual(name, total.device), _threshold(slot)
         encoded = kernels.TOO_LARGE
@@ -117,7 +124,7 @@ class EntriesCodec(ScatterCodec):
 
     def learn(self, slot: Slot, payloads: Sequence[Tensor], numels: Sequence[int]) -> None:
         """Measure the threshold where owners have sent their largest, or where there were too many; else steer it."""
-        wanted, threshold = self.wanted(slot), _threshold(slot)
+        wanted, threshold = self.wanted_of_sum(slot), _threshold(slot)
         count = sum(self._count(payload, numel) for payload, numel in zip(payloads, numels))
         if threshold is None or count > _MANY * wanted:
             found = [self._values(payload, numel) for payload, numel in zip(payloads, numels)]
@@ -150,9 +157,10 @@ class EntriesCodec(ScatterCodec):
         values: Tensor = kernels.of(payload).narrow_decode(payload, numel, self.value_bits)[0]
         return values.numpy()
 
-    def _wanted_of(self, slot: Slot, numel: int) -> int:
-        """Of a piece of so many elements."""
-        return min(math.ceil(self.wanted(slot) * numel / slot.parameter.numel), numel)
+
+def _share(wanted: int, slot: Slot, numel: int) -> int:
+    """Of the entries of a gradient those of a piece of `numel` elements."""
+    return min(math.ceil(wanted * numel / slot.parameter.numel), numel)
 
 
 def _threshold(slot: Slot) -> float | None:

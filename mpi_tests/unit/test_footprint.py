@@ -116,7 +116,7 @@ def test_the_number_of_ranks_up_to_which_a_method_saves(compressor: Compressor, 
         (BF16Compressor(), 32),
         (QSGDCompressor(bits=4), 12.125),
         (TernGradCompressor(), 2 + 12),
-        (TopKCompressor(), 0.96),
+        (TopKCompressor(), 0.48 + 2 * 0.48),
     ],
     ids=str,
 )
