@@ -61,8 +61,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Bat
     "25M": (Transformer, transformer_batch),
 }
 
+ALONE = "bound", "ddp-bound"  # without any communication, the latter inside DistributedDataParallel
 PEERS = (
-    *("bound", "horovod-none", "horovod-fp16"),
+    *ALONE,
+    *("horovod-none", "horovod-fp16"),
     *("ddp-none", "ddp-fp16", "ddp-powersgd1", "ddp-powersgd4"),
 )
 _LGRECO = ("lgreco-bytes", "lgreco-time")
@@ -176,7 +178,7 @@ def _hooked(model: nn.Module, compression: GradientCompression) -> nn.Module:
 
 
 def _distributed(model: nn.Module, variant: str) -> nn.Module:
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 
     if variant.startswith("powersgd"):
@@ -188,6 +190,8 @@ def _distributed(model: nn.Module, variant: str) -> nn.Module:
         wrapped.register_comm_hook(state, powersgd.powerSGD_hook)
         return wrapped
     wrapped = nn.parallel.DistributedDataParallel(model)
+    if variant == "bound":
+        wrapped.register_comm_hook(None, debugging_hooks.noop_hook)
     if variant == "fp16":
         wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
     return wrapped

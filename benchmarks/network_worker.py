@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from network_methods import MODELS, WARM_UP_STEPS, Trained, needs_horovod
+from network_methods import ALONE, MODELS, WARM_UP_STEPS, Trained, needs_horovod
 from torch import Tensor
 from turns import Turns
 
@@ -96,7 +96,7 @@ class Rank:
         """Raise RuntimeError if the ranks' models differ: then what was timed was no training."""
         total = torch.stack([p.detach().double().sum() for p in trained.plain.parameters()])
         theirs = self.others.gather(total)
-        if trained.method != "bound" and not bool((theirs == theirs[0]).all()):
+        if trained.method not in ALONE and not bool((theirs == theirs[0]).all()):
             raise RuntimeError(f"{trained.method}: the ranks' models differ")
 
 
