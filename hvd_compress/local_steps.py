@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import fingerprint
 from .binding import real
@@ -19,7 +17,8 @@ from .connection import connect
 from .fingerprint import MismatchError
 from .gradient_compression import GradientCompression
 from .ordered_engine import OrderedEngine
-from .training.outer import Averaging, Moments, Nesterov, Outer, SparseLoCo
+from .training.outer import Averaging, Nesterov, Outer, SparseLoCo
+from .training.rounds import Rounds, Shared, hash_of
 from .transports.base import Transport
 
 __all__ = ["Averaging", "LocalSteps", "Nesterov", "Outer", "SparseLoCo"]
@@ -79,32 +78,37 @@ class LocalSteps:
         fragments: int = 1,
         over: Any = None,
     ) -> None:
-        self.outer = Averaging() if outer is None else outer
-        self.every = every
         self.compression = compression
-        self._check(optimizer, fragments)
-        self._fragments = _cut([p.numel() for p in compression.parameters], fragments)
+        self._rounds = Rounds([p.numel() for p in compression.parameters], every, fragments)
+        own = [real(parameter.detach()) for parameter in compression.parameters]
+        self._shared = Shared(own, Averaging() if outer is None else outer)
+        self._check(optimizer)
         self._over = over
         self._transport: Transport | None = None  # until the first exchange
-        own = [real(parameter.detach()) for parameter in compression.parameters]
-        self._shared = [tensor.to(_exact(tensor.dtype), copy=True) for tensor in own]
-        self._moments: list[Moments] = [{} for _ in self._shared]
-        self._compared = False  # that all ranks have the same _shared
-        self.steps = 0  # of this rank
-        self.rounds = 0  # exchanges so far, the same on every rank
-        self._since = [0] * len(self._fragments)  # steps since the last exchange of each
+        self._compared = False  # that all ranks share the same parameters
         self._unnoticed = 0  # steps of the optimizer since the last call of step()
         self._optimizer_hook = optimizer.register_step_post_hook(self._optimizer_stepped)
 
-    def _check(self, optimizer: torch.optim.Optimizer, fragments: int) -> None:
+    @property
+    def outer(self) -> Outer:
+        return self._shared.outer
+
+    @property
+    def every(self) -> int:
+        return self._rounds.every
+
+    @property
+    def steps(self) -> int:
+        """Of this rank."""
+        return self._rounds.steps
+
+    @property
+    def rounds(self) -> int:
+        """Exchanges so far, the same on every rank."""
+        return self._rounds.rounds
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
         compression, compressor = self.compression, self.compression.compressor
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1: {self.every}")
-        count = len(compression.parameters)
-        if not 1 <= fragments <= min(self.every, count):
-            raise ValueError(
-                f"fragments must be at least 1, and at most every={self.every} and the {count} parameters: {fragments}"
-            )
         if compression.options.delay:
             raise ValueError(f"{compression!r} is late by a step, and rounds are not: leave out delay=1")
         if compressor.replaces or compressor.keeps_momentum:
@@ -131,7 +135,7 @@ class LocalSteps:
         compression.unregister()
         description = compression.description() | {
             "every": self.every,
-            "fragments": len(self._fragments),
+            "fragments": len(self._rounds.fragments),
             "outer": repr(self.outer),
         }
         fingerprint.check(transport, f"{_NAME}.check", {"0": description})
@@ -149,12 +153,8 @@ class LocalSteps:
         ranks do not train the same ones, or started from different ones.
         """
         self._unnoticed = 0
-        self.steps += 1
-        self._since = [since + 1 for since in self._since]
-        count = len(self._fragments)
-        for fragment in range(count):
-            if self.steps % self.every == self.every * (fragment + 1) // count % self.every:
-                self._round(ends=False)
+        for _ in range(self._rounds.step()):
+            self._round(ends=False)
 
     def finish(self) -> None:
         """Exchange what is left at the end of training; afterwards all ranks have the same parameters.
@@ -200,14 +200,13 @@ class LocalSteps:
         """Exchange the fragment whose turn it is, or all at the end; returns whether it was the end on every rank."""
         reports = self._reports(self._connected(), ends)
         is_last = all(report.ends for report in reports)
+        rounds = self._rounds
         if not is_last:
-            fragment = self.rounds % len(self._fragments)
-            self._exchange(self._fragments[fragment])
-            self._since[fragment] = 0
-            self.rounds += 1
+            self._exchange(rounds.fragments[rounds.turn])
+            rounds.exchanged()
         elif any(report.steps for report in reports):
-            self._exchange([index for indices in self._fragments for index in indices])
-            self._since = [0] * len(self._fragments)
+            self._exchange([index for indices in rounds.fragments for index in indices])
+            rounds.ended()
         return is_last
 
     def _reports(self, transport: Transport, ends: bool) -> list[_Report]:
@@ -215,11 +214,11 @@ class LocalSteps:
         compression = self.compression
         tensors = [parameter.detach() for parameter in compression.parameters]
         mine = _Report(
-            max(self._since),
+            self._rounds.longest,
             ends,
             all(bool(torch.isfinite(tensor).all()) for tensor in tensors),
-            _hash(repr([p.requires_grad for p in compression.parameters]).encode()),
-            None if self._compared else _hash(*map(_bytes, self._shared)),
+            hash_of(repr([p.requires_grad for p in compression.parameters]).encode()),
+            None if self._compared else self._shared.hash(),
         )
         reports = [_Report(**told) for told in transport.gather_objects(_NAME, vars(mine)).wait()]
         if broken := [rank for rank, report in enumerate(reports) if not report.finite]:
@@ -247,7 +246,7 @@ class LocalSteps:
         compression = self.compression
         indices = [index for index in indices if compression.parameters[index].requires_grad]
         mine = {index: real(compression.parameters[index].detach()) for index in indices}
-        moved = {index: tensor.to(self._shared[index].dtype) - self._shared[index] for index, tensor in mine.items()}
+        moved = {index: self._shared.delta(index, tensor) for index, tensor in mine.items()}
         if compression.size > 1:
             compression.memory.rescale(self.outer.decay, {compression.names[index] for index in indices})
             tickets = {index: compression.submit(index, delta, in_place=True) for index, delta in moved.items()}
@@ -256,8 +255,7 @@ class LocalSteps:
             compression.step_made()
             compression.settle()
         for index, mean in moved.items():
-            self._shared[index] += self.outer.move(mean, self._moments[index])
-            mine[index].copy_(self._shared[index])
+            mine[index].copy_(self._shared.move(index, mean))
 
     # State
 
@@ -267,59 +265,13 @@ class LocalSteps:
         Right after an exchange, with fragments=1, model and LocalSteps of one rank are those of all; else each saves
         its own. Optimizer and compression have a state besides.
         """
-        names = self.compression.names
-        return {
-            "steps": self.steps,
-            "rounds": self.rounds,
-            "since": list(self._since),
-            "shared": {name: shared.cpu().clone() for name, shared in zip(names, self._shared)},
-            "moments": {
-                name: {kind: moment.cpu().clone() for kind, moment in moments.items()}
-                for name, moments in zip(names, self._moments)
-            },
-        }
+        return self._rounds.state_dict() | self._shared.state_dict(self.compression.names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, of any number of ranks. Raises ValueError for one of other parameters or fragments."""
         names = self.compression.names
-        shapes = {name: shared.shape for name, shared in zip(names, self._shared)}
-        if {name: shared.shape for name, shared in state["shared"].items()} != shapes:
-            raise ValueError("the state is of other parameters: load it with the same model")
-        if len(state["since"]) != len(self._since):
-            raise ValueError(f"the state is of fragments={len(state['since'])}: make LocalSteps with as many")
-        self.steps, self.rounds, self._since = state["steps"], state["rounds"], list(state["since"])
-        for name, shared, moments in zip(names, self._shared, self._moments):
-            shared.copy_(state["shared"][name])
-            moments.clear()
-            moments.update({kind: moment.to(shared, copy=True) for kind, moment in state["moments"][name].items()})
+        self._shared.check(state, names)
+        self._rounds.check(state)
+        self._rounds.load_state_dict(state)
+        self._shared.load_state_dict(state, names)
         self._compared = False
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Of a copy to which small moves can be added."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _cut(numels: Sequence[int], count: int) -> list[list[int]]:
-    """The indices in `count` parts, one after the other, of about as many elements; none is empty."""
-    parts: list[list[int]] = [[]]
-    before, total = 0, sum(numels)
-    for index, numel in enumerate(numels):
-        left, missing = len(numels) - index, count - len(parts)
-        full = (before + numel / 2) * count >= total * len(parts)
-        if parts[-1] and missing and (full or left == missing):
-            parts.append([])
-        parts[-1].append(index)
-        before += numel
-    return parts
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _hash(*parts: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

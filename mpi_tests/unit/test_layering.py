@@ -155,7 +155,8 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             f"hvd_compress.telemetry.{name}" for name in ("counts", "export", "log_file", "records", "spans", "trace")
         },
         "training": {
-            f"hvd_compress.training.{name}" for name in ("by_parameter", "masks", "momentum", "pruned", "schedule")
+            f"hvd_compress.training.{name}"
+            for name in ("by_parameter", "masks", "momentum", "outer", "pruned", "schedule")
         },
         "activations": {f"hvd_compress.activations.{name}" for name in ("rules", "kept", "forward")},
     }

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hvd_compress import Compression
 from hvd_compress.connection import connect
 from hvd_compress.elastic import LocalStepsKeeper
-from hvd_compress.local_steps import Averaging, LocalSteps, Nesterov, SparseLoCo, _cut
+from hvd_compress.local_steps import Averaging, LocalSteps, Nesterov, SparseLoCo
+from hvd_compress.training.rounds import cut
 from hvd_compress.transports.local import LocalWorld
 
 
@@ -66,7 +67,7 @@ def test_options_of_rules_that_cannot_work_are_refused(make):
     ],
 )
 def test_fragments_are_about_equal_and_none_is_empty(numels, count, parts):
-    assert _cut(numels, count) == parts
+    assert cut(numels, count) == parts
 
 
 def model() -> nn.Module:
@@ -209,7 +210,7 @@ def test_half_precision_parameters_share_moves_smaller_than_their_steps():
         for parameter in of.parameters():
             parameter.data.add_(2**-6)
         local.step()
-        for parameter, shared in zip(of.parameters(), local._shared):
+        for parameter, shared in zip(of.parameters(), local._shared.parameters):
             torch.testing.assert_close(parameter.detach(), shared.bfloat16(), rtol=0, atol=0)
     assert any(not torch.equal(a, b) for a, b in zip(start, of.parameters()))
 
