@@ -7,7 +7,7 @@ saves, so that this goes by functions, as GACT does (Liu et al., ICML 2022, arXi
 
 from __future__ import annotations
 
-import fnmatch
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,14 +18,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from .. import kernels
-from ..adaptive.solver import solve
 from ..calls import callers
 from ..connection import connect
 from .forward import Pass, Saved
 from .kept import unpack
-from .rules import LINEAR, NONLINEAR
+from .precision import Precision
 
-_CHOICES = range(1, 9)  # bits
 _COMPILED = (
     "CompressedActivations cannot see what a model saves that torch.compile compiles. Remedy: compile neither this "
     "model, nor a part of it, nor what calls it; or remove() this first"
@@ -66,31 +64,16 @@ class CompressedActivations:
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.bits, self.nonlinear_bits = _bits("bits", bits), _bits("nonlinear_bits", nonlinear_bits)
-        self.layers = dict(layers or {})
-        if min_numel < 1:
-            raise ValueError(f"min_numel must be at least 1: {min_numel}")
-        self.min_numel = min_numel
         self.seed = seed
-        self._check_layers()
+        self.precision = Precision(model, bits, nonlinear_bits, layers or {}, min_numel)
         if any(map(_is_compiled, model.modules())):
             raise ValueError(_COMPILED)
         self._passes = 0
-        self._chosen: dict[str, int] = {}  # bits for what is linear, by layer
-        self._only: Collection[str] | None = None  # while noise is measured: the layers that make it
         self._pass: Pass | None = None  # the last one, or the one under way
         self._depth = 0  # of calls of the model in itself
         self._where = [""]  # the modules whose forward is under way, outermost first
         self._running = ExitStack()
         self._handles = self._watch()
-
-    def _check_layers(self) -> None:
-        names = [name for name, _ in self.model.named_modules()]
-        for pattern, bits in self.layers.items():
-            if bits != 0:
-                _bits(f"layers[{pattern!r}]", bits)
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"layers has {pattern!r}, which fits no module; there are {', '.join(names[1:])}")
 
     def __enter__(self) -> CompressedActivations:
         return self
@@ -112,21 +95,12 @@ class CompressedActivations:
         """The same by the name of the module; "" for `model` itself. What several keep counts with the first."""
         return self._pass.by_layer() if self._pass else {}
 
-    def bits_of(self, layer: str, rule: str) -> int:
-        """Of what this module keeps for functions of this rule; 0 for as it is."""
-        if self._only is not None and (rule != LINEAR or layer not in self._only):
-            return 0
-        for pattern, bits in self.layers.items():
-            if fnmatch.fnmatchcase(layer, pattern):
-                return bits
-        return self.nonlinear_bits if rule == NONLINEAR else self._chosen.get(layer, self.bits)
-
     def state_dict(self) -> dict[str, Any]:
         """To resume to the same bits."""
-        return {"passes": self._passes, "chosen": dict(self._chosen)}
+        return {"passes": self._passes, "chosen": dict(self.precision.chosen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._passes, self._chosen = state["passes"], dict(state["chosen"])
+        self._passes, self.precision.chosen = state["passes"], dict(state["chosen"])
 
     # Bits for each layer
 
@@ -148,14 +122,16 @@ class CompressedActivations:
         """
         noise, elements = self._measured(loss)
         if alone:
-            self._chosen = self._least(noise, elements)
+            chosen = self.precision.least(noise, elements)
         else:
             transport = connect(over)
             tables = transport.gather_objects("hvd_compress.activations", noise).wait()
             mean = {layer: sum(table.get(layer, 0.0) for table in tables) / len(tables) for layer in noise}
-            self._chosen = transport.broadcast_object(self._least(mean, elements) if transport.rank == 0 else None, 0)
+            mine = self.precision.least(mean, elements) if transport.rank == 0 else None
+            chosen = transport.broadcast_object(mine, 0)
             transport.leave()
-        return dict(self._chosen)
+        self.precision.chosen = chosen
+        return dict(chosen)
 
     def _measured(self, loss: Callable[[], Tensor]) -> tuple[dict[str, float], dict[str, list[int]]]:
         """By layer: the mean square error that it makes in the gradients, and the elements of what it keeps."""
@@ -163,7 +139,7 @@ class CompressedActivations:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
         def gradients(only: Collection[str] | None) -> list[Tensor]:
-            self._only = only
+            self.precision.only = only
             with torch.random.fork_rng():
                 found = torch.autograd.grad(loss(), parameters, allow_unused=True)
             with torch.no_grad():
@@ -177,21 +153,10 @@ class CompressedActivations:
             exact = gradients(())
             noise = {layer: _square_error(gradients((layer,)), exact) for layer in elements}
         finally:
-            self._only = None
+            self.precision.only = None
         if not noise:
             raise RuntimeError("the forward pass has kept nothing in which gradients are linear: nothing to choose for")
         return noise, elements
-
-    def _least(self, noise: Mapping[str, float], elements: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        free = [layer for layer in noise if not any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.layers)]
-        if not free:
-            return {}
-        now = [self.bits_of(layer, LINEAR) for layer in free]
-        # The error of a code is proportional to its step.
-        errors = [[noise[layer] * _step(bits) ** 2 / _step(b) ** 2 for bits in _CHOICES] for layer, b in zip(free, now)]
-        costs = [[sum(kernels.affine_bytes(n, bits) for n in elements[layer]) for bits in _CHOICES] for layer in free]
-        plan = solve(errors, costs, reference=[_CHOICES.index(bits) for bits in now])
-        return {layer: _CHOICES[choice] for layer, choice in zip(free, plan.choice)}
 
     # The forward pass
 
@@ -213,7 +178,8 @@ class CompressedActivations:
             return
         self._passes += 1
         del self._where[1:]
-        self._pass = Pass(self, self._where, self._passes)
+        key = functools.partial(kernels.stream_key, self.seed, self._passes)
+        self._pass = Pass(self.model, self.precision, self._where, key)
         self._running.enter_context(saved_tensors_hooks(self._pass.pack, unpack))
         self._running.enter_context(self._pass)
 
@@ -232,11 +198,6 @@ class CompressedActivations:
             self._where.pop()
 
 
-def _step(bits: int) -> float:
-    """As a part of the range of a block."""
-    return 1 / (2**bits - 1)
-
-
 def _square_error(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
     return sum(float((a - b).to(torch.float64).square().sum()) for a, b in zip(these, those))
 
@@ -244,9 +205,3 @@ def _square_error(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
 def _is_compiled(module: nn.Module) -> bool:
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or type(module).__name__ == "OptimizedModule"  # torch._dynamo takes seconds to import
-
-
-def _bits(what: str, value: int) -> int:
-    if value not in _CHOICES:
-        raise ValueError(f"{what} must be a whole number from 1 to 8: {value}")
-    return value

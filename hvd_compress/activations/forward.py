@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from .. import kernels
 from .kept import Handle, Kept, Mask, Nothing, Quantised, flattened, is_dense, is_plain, without_loss
+from .precision import Precision
 from .rules import INSIDE, LINEAR, POSITIVE, RULES, SHAPE
 
 _QUANTISED = (torch.float32, torch.float16, torch.bfloat16)
 _STATISTIC = 8  # a tensor so many times smaller than what its function was given is one, such as the means of rows
-
-
-class Settings(Protocol):
-    """What a pass goes by."""
-
-    model: nn.Module
-    min_numel: int
-    seed: int
-
-    def bits_of(self, layer: str, rule: str) -> int:
-        """Of what a module keeps; 0 for as it is."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +60,15 @@ class _Memory:
 class Pass(TorchFunctionMode):
     """Watches a model's forward from its call to its return.
 
-    where: names of the modules whose forward is under way, outermost first. number: of this pass, for the rounding.
+    where: names of the modules whose forward is under way, outermost first. key: of the random numbers by which the
+        tensor of this number is rounded.
     """
 
-    def __init__(self, settings: Settings, where: list[str], number: int) -> None:
+    def __init__(self, model: nn.Module, precision: Precision, where: list[str], key: Callable[[int], int]) -> None:
         super().__init__()
-        self._settings, self._where, self._number = settings, where, number
+        self._precision, self._where, self._key = precision, where, key
         self._call: _Call | None = None
-        self._own = {_address(tensor) for tensor in (*settings.model.parameters(), *settings.model.buffers())}
+        self._own = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._known: dict[Any, tuple[StorageWeakRef, list[Kept]]] = {}  # by place in memory
         self._memory: dict[int, _Memory] = {}  # by address
         self._bytes: dict[str, list[int]] = {}  # dense and saved, by layer
@@ -142,7 +133,9 @@ class Pass(TorchFunctionMode):
 
     def _keep(self, tensor: Tensor) -> Kept | None:
         call, layer = self._call, self._where[-1]
-        if tensor.numel() < self._settings.min_numel or 0 in tensor.stride():  # one that is expanded takes less already
+        if (
+            tensor.numel() < self._precision.min_numel or 0 in tensor.stride()
+        ):  # one that is expanded takes less already
             return None
         if not tensor.is_floating_point():
             return self._once(tensor, "without loss", without_loss)
@@ -150,7 +143,7 @@ class Pass(TorchFunctionMode):
             return None
         if tensor.numel() * _STATISTIC <= call.largest or call.copies(tensor):
             return None
-        if not (bits := self._settings.bits_of(layer, call.rule)):
+        if not (bits := self._precision.bits_of(layer, call.rule)):
             return None
         if call.rule == SHAPE:
             return self._once(tensor, SHAPE, lambda _: Nothing())
@@ -167,8 +160,7 @@ class Pass(TorchFunctionMode):
         if rule == LINEAR:
             self.elements.setdefault(self._where[-1], []).append(values.numel())
         self._count += 1
-        key = kernels.stream_key(self._settings.seed, self._number, self._count)
-        if kernels.of(values).affine_encode(values, bits, key, payload) == kernels.NOT_FINITE:
+        if kernels.of(values).affine_encode(values, bits, self._key(self._count), payload) == kernels.NOT_FINITE:
             return None  # so that whoever looks for what overflowed in the gradients finds it there
         return Quantised(payload, bits)
 

@@ -158,7 +158,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             f"hvd_compress.training.{name}"
             for name in ("by_parameter", "masks", "momentum", "outer", "pruned", "schedule")
         },
-        "activations": {f"hvd_compress.activations.{name}" for name in ("rules", "kept", "forward")},
+        "activations": {f"hvd_compress.activations.{name}" for name in ("rules", "precision", "kept", "forward")},
     }
     for module in MODULES:
         if part(module) in PACKAGES and MODULES[module].name != "__init__.py":
