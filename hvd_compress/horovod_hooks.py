@@ -43,7 +43,7 @@ class _AddedUp:
     gradient: Tensor
     version: int  # of the gradient, when the summand was made of it
     size: int  # of the set of ranks
-    anchor: Tensor | None = None
+    anchor: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class HorovodHooks:
         """A gradient that is nothing but a summand, whosever it is."""
         self.taken.add(-1, tensor)
         size = _horovod_size(self.compression.options.process_set)
-        return compressor.summand(tensor, size), _AddedUp(compressor, tensor, tensor._version, size)
+        summand, anchor = anchored(compressor.summand(tensor, size))
+        return summand, _AddedUp(compressor, tensor, tensor._version, size, anchor)
 
     def compress(self, engine: Engine, tensor: Tensor) -> tuple[Tensor, Any]:
         """Start the exchange of a gradient, and return what Horovod is to add up."""
