@@ -8,7 +8,6 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
-from horovod.torch import mpi_ops
 from torch import Tensor
 
 from ..anchor import anchored
@@ -34,7 +33,7 @@ def outstanding() -> list[str]:
 
 
 class _HorovodPending(PolledPending):
-    def __init__(self, name: str, handle: Any, transform: Callable[[Any], Any], anchors: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, handle: Any, transform: Callable[[Any], Any], anchors: object) -> None:
         self._handle, self._transform, self._anchors = handle, transform, anchors
         _posted[handle] = name
 
@@ -98,14 +97,23 @@ class HorovodTransport(Transport):
         width = self._width(name)
         buffers = [_rows(destination).view(-1, width) for destination in parts]
         splits = torch.tensor([len(buffer) for buffer in buffers], dtype=torch.int32)
-        return self._post(hvd.alltoall_async, name, _cut_received, torch.cat(buffers), splits=splits)
+        return self._post(hvd.alltoall_async, name, _cut_received, torch.cat(buffers), splits)
 
     def _post(
-        self, operation: Callable[..., Any], name: str, transform: Callable[[Any], Any], tensor: Tensor, **options: Any
+        self,
+        operation: Callable[..., Any],
+        name: str,
+        transform: Callable[[Any], Any],
+        tensor: Tensor,
+        splits: Tensor | None = None,
+        **options: Any,
     ) -> Pending:
-        posted, anchor = anchored(tensor)
+        posted, anchors = _posting(tensor)
+        if splits is not None:
+            options["splits"], of_splits = _posting(splits)
+            anchors += of_splits
         handle = operation(posted, name=name, process_set=self._set, **options)
-        return _HorovodPending(name, handle, transform, [anchor, *_output_anchors(handle)])
+        return _HorovodPending(name, handle, transform, anchors)
 
     def _width(self, name: str) -> int:
         """1 and 2 in turn: another shape than last time, so that Horovod negotiates this collective each time.
@@ -117,10 +125,22 @@ class HorovodTransport(Transport):
         return self._widths[name]
 
 
-def _output_anchors(handle: Any) -> list[Tensor]:
-    """Of the tensors that Horovod has made for the answer, which it keeps beside what was posted."""
-    *_, outputs = mpi_ops._handle_map[handle]
-    return [anchored(output)[1] for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+def _posting(tensor: Tensor) -> tuple[Tensor, list[Any]]:
+    """`tensor` for Horovod, which makes the answer by its `new`, and the anchors of both.
+
+    The answer's is made before Horovod has it, whose thread gives it its size.
+    """
+    posted, anchor = anchored(tensor.data)
+    dtype, device = tensor.dtype, tensor.device
+    answers: list[Tensor] = []  # nothing here leads back to what was posted: it would never be freed
+
+    def new() -> Tensor:
+        answer, anchor = anchored(torch.empty(0, dtype=dtype, device=device))
+        answers.append(anchor)
+        return answer
+
+    posted.new = new  # type: ignore[method-assign, assignment]
+    return posted, [anchor, answers]
 
 
 def _same(tensor: Tensor) -> Tensor:
