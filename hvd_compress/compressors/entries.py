@@ -46,8 +46,12 @@ class EntriesCodec(ScatterCodec):
         raise NotImplementedError
 
     def wanted_of_sum(self, slot: Slot) -> int:
-        """Entries that owners send together of the sum over the ranks, in which more are large than on any of them."""
-        return min(_OF_SUM * self.wanted(slot), slot.parameter.numel)
+        """Entries that owners send together of the sum over the ranks, in which more are large than on any of them.
+
+        More than a rank sends only up to half of the elements: there all of them would hardly be more bytes.
+        """
+        wanted = self.wanted(slot)
+        return max(wanted, min(_OF_SUM * wanted, slot.parameter.numel // 2))
 
     @abc.abstractmethod
     def selected(self, slot: Slot, gradient: Tensor, common: Common | None) -> wire.Frame:

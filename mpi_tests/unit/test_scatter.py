@@ -156,6 +156,11 @@ def test_twice_as_many_entries_come_back_as_one_rank_sends_however_many_ranks_th
         assert found > 5000
 
 
+@pytest.mark.parametrize(("density", "of_sum"), [(0.1, 200), (0.3, 500), (0.5, 500), (0.6, 600)])
+def test_of_sums_more_entries_come_back_only_up_to_half_of_the_elements(density, of_sum):
+    assert TopKCompressor(density=density).wanted_of_sum(slot_of([1000])) == of_sum
+
+
 def test_the_threshold_is_that_of_all_ranks_together():
     """What is sent of a sum is its largest: at all owners, what is no smaller than one threshold."""
     ranks = ranks_of("topk", 3)
