@@ -140,6 +140,7 @@ class _Runner:
                 _post(bucket, landing)
         self._await(interval, None, landing)
         if rest := interval.launched:  # seen for the first time, on every rank alike
+            _land(landing)  # whose answers may need a collective more: on some ranks they have had it
             for key in self._transport.broadcast_object(list(rest), root=0):
                 _post(rest[key], landing)
                 self._order.append(key)
