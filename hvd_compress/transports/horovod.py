@@ -130,7 +130,7 @@ def _posting(tensor: Tensor) -> tuple[Tensor, list[Any]]:
 
     The answer's is made before Horovod has it, whose thread gives it its size.
     """
-    posted, anchor = anchored(tensor.data)
+    posted, anchor = anchored(tensor.data)  # of whose `new` no one else knows
     dtype, device = tensor.dtype, tensor.device
     answers: list[Tensor] = []  # nothing here leads back to what was posted: it would never be freed
 
