@@ -140,7 +140,6 @@ class _Runner:
                 _post(bucket, landing)
         self._await(interval, None, landing)
         if rest := interval.launched:  # seen for the first time, on every rank alike
-            _land(landing)  # whose answers may need a collective more: on some ranks they have had it
             for key in self._transport.broadcast_object(list(rest), root=0):
                 _post(rest[key], landing)
                 self._order.append(key)
@@ -155,10 +154,7 @@ class _Runner:
 
 
 def _post(bucket: Bucket, landing: collections.deque[Bucket]) -> None:
-    """Let the next bucket be posted at once where nothing of this one follows; else run it to its end.
-
-    Answers are taken in the order of the buckets, on every rank alike: they may need a collective more.
-    """
+    """Let the next bucket be posted at once where nothing of this one follows; else run it to its end."""
     bucket.post()
     landing.append(bucket)
     if not bucket.last:

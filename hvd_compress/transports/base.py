@@ -59,10 +59,12 @@ class PolledPending(Pending):
 class WatchedPending(PolledPending):
     """One of a transport that looks for ranks that have left, which its library waits for without end."""
 
-    def __init__(self, transport: WatchfulTransport) -> None:
+    def __init__(self, transport: WatchfulTransport, number: int | None = None) -> None:
+        """number: of the collective that this is a part of; None for the next one."""
         self._transport = transport
-        transport.posted += 1
-        self._number = transport.posted
+        if number is None:
+            transport.posted += 1
+        self._number = transport.posted if number is None else number
         self._look = time.monotonic() + _PATIENCE_SECONDS
 
     @abc.abstractmethod

@@ -7,7 +7,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from .base import Pending, WatchedPending
 from .rooms import RoomTransport, joined
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
-_LEAVING, _REST = 1, 2  # tags: a rank takes part no longer; what of its message did not fit where it was gathered
+_LEAVING, _REST = 1, 2  # tags: a rank takes part no longer; what follows a collective
 _LINGER_SECONDS = 60.0  # at the end of the program, for the other ranks to come to theirs
 _POLL_SECONDS = 0.01
 
@@ -36,9 +36,14 @@ class _MPIPending(WatchedPending):
     """Several MPI requests; holds their buffers until the last is done."""
 
     def __init__(
-        self, transport: MPITransport, requests: Sequence[MPI.Request], answer: Callable[[], Any], buffers: object
+        self,
+        transport: MPITransport,
+        requests: Sequence[MPI.Request],
+        answer: Callable[[], Any],
+        buffers: object,
+        number: int | None = None,
     ) -> None:
-        super().__init__(transport)
+        super().__init__(transport, number)
         self._requests, self._answer, self._buffers = list(requests), answer, buffers
 
     def done(self) -> bool:
@@ -83,38 +88,20 @@ class MPITransport(RoomTransport):
         rows = torch.empty(self.size, row.numel(), dtype=torch.uint8)
         return _MPIPending(self, [self.comm.Iallgather(row.numpy(), rows.numpy())], lambda: rows, row)
 
-    def swap(self, incoming: Mapping[int, Tensor], outgoing: Mapping[int, Tensor]) -> None:
-        receives = [(peer, chunk) for peer, rest in incoming.items() for chunk in _chunks(rest.numpy())]
-        sends = [(peer, chunk) for peer, rest in outgoing.items() for chunk in _chunks(rest.numpy())]
+    def exchange_rows(self, rows: Tensor) -> Pending:
+        exchanged = torch.empty_like(rows)
+        return _MPIPending(self, [self.comm.Ialltoall(rows.numpy(), exchanged.numpy())], lambda: exchanged, rows)
+
+    def follow(self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[int], number: int) -> Pending:
+        sent = [joined(parts) for parts in outgoing]
+        incoming = [torch.empty(length, dtype=torch.uint8) for length in lengths]
+        incoming[self.rank] = sent[self.rank]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        receives = [(peer, chunk) for peer in others for chunk in _chunks(incoming[peer].numpy())]
+        sends = [(peer, chunk) for peer in others for chunk in _chunks(sent[peer].numpy())]
         requests = [self.comm.Irecv(chunk, peer, _REST) for peer, chunk in receives]
         requests += [self.comm.Isend(chunk, peer, _REST) for peer, chunk in sends]
-        _MPIPending(self, requests, lambda: None, (incoming, outgoing)).wait()
-
-    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        mine = joined(parts).numpy()
-        lengths = np.empty(self.size, dtype=np.int64)
-        length = np.array([mine.size], dtype=np.int64)
-        _MPIPending(self, [self.comm.Iallgather(length, lengths)], lambda: None, length).wait()
-        requests, rounds = [], []
-        for start, step in self._rounds(int(lengths.max())):
-            landing, counts = _landing(lengths, start, step)
-            requests.append(self.comm.Iallgatherv(mine[start : start + step], [landing, counts]))
-            rounds.append((landing, counts))
-        return _MPIPending(self, requests, lambda: _by_rank(rounds), mine)
-
-    def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
-        outgoing = [joined(destination).numpy() for destination in parts]
-        lengths = np.empty(self.size, dtype=np.int64)
-        self.comm.Alltoall(np.array([buffer.size for buffer in outgoing], dtype=np.int64), lengths)
-        longest = self.comm.allreduce(int(lengths.max()), MPI.MAX)
-        requests, rounds, held = [], [], []
-        for start, step in self._rounds(longest):
-            landing, counts = _landing(lengths, start, step)
-            pieces = [buffer[start : start + step] for buffer in outgoing]
-            held.append(np.concatenate(pieces))
-            requests.append(self.comm.Ialltoallv([held[-1], [piece.size for piece in pieces]], [landing, counts]))
-            rounds.append((landing, counts))
-        return _MPIPending(self, requests, lambda: _by_rank(rounds), held)
+        return _MPIPending(self, requests, lambda: incoming, sent, number)
 
     def leave(self) -> None:
         if self._farewells or MPI.Is_finalized():
@@ -149,11 +136,6 @@ class MPITransport(RoomTransport):
             self._left[status.source] = int(posted[0])
         return self._left
 
-    def _rounds(self, longest: int) -> list[tuple[int, int]]:
-        """(start, step) of the rounds, at least one, that move messages of up to `longest` bytes a rank."""
-        step = max(CHUNK_BYTES // self.size, 1)
-        return [(start, step) for start in range(0, max(longest, 1), step)]
-
 
 @functools.cache
 def _half_op(op: ReduceOp) -> MPI.Op:
@@ -170,17 +152,6 @@ def _half_op(op: ReduceOp) -> MPI.Op:
 def _chunks(array: np.ndarray) -> list[np.ndarray]:
     step = max(CHUNK_BYTES // array.itemsize, 1)
     return [array[start : start + step] for start in range(0, array.size, step)]
-
-
-def _landing(lengths: np.ndarray, start: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """A buffer for the bytes [start, start + step) of every rank's message, and how many those are."""
-    counts = np.clip(lengths - start, 0, step)
-    return np.empty(counts.sum(), dtype=np.uint8), counts
-
-
-def _by_rank(rounds: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Tensor]:
-    pieces = zip(*(np.split(landing, np.cumsum(counts)[:-1]) for landing, counts in rounds))
-    return [torch.from_numpy(of_rank[0] if len(of_rank) == 1 else np.concatenate(of_rank)) for of_rank in pieces]
 
 
 _transports: weakref.WeakSet[MPITransport] = weakref.WeakSet()

@@ -1,19 +1,23 @@
-"""Gathering messages of any length by one collective of one size, in place of one for the lengths and one for the rest.
+"""Messages of any length between ranks, by collectives of one size, and no wait but for an answer.
 
-Every message takes the same room: what the longest of this name took the last time, which all ranks have seen. A header
-tells its length. What does not fit follows from rank to rank: answers may be taken before or after the
-next collective is posted, so that another collective would find no place that is the same on all ranks.
+A collective of one size comes first: every message takes the same room, what the longest of this name took the last
+time, which all ranks have seen, and a header tells its length. What does not fit follows once that is known. Ranks
+learn it at different times, one before it posts its next collective and another after, so that what follows travels
+apart from the collectives, in the order of those that it follows. A rank that waited for it, or for lengths, before it
+posts would keep collectives back that others wait for.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Pending, Then, WatchfulTransport
+from .base import Pending, PolledPending, Then, WatchfulTransport
 
 _HEADER_BYTES = 8  # the length of the message, int64
 _SPARE = 16  # a part of the length, one in so many, is left free where lengths change
@@ -38,47 +42,107 @@ class Rooms:
 
 
 class RoomTransport(WatchfulTransport):
-    """One whose library can gather rows of one size, and send from rank to rank."""
+    """One whose library can gather and exchange rows of one size, and apart from these messages of known lengths."""
 
     def __init__(self) -> None:
         self._rooms = Rooms()
+        self._line: collections.deque[_Followed] = collections.deque()  # of which nothing has followed yet
 
     @property
     @abc.abstractmethod
     def most_gathered_bytes(self) -> float:
-        """Of all ranks' rows together; longer ones are gathered as `allgather` does."""
+        """Of all ranks' rows together; of longer ones only the headers are gathered, and the rest follows."""
 
     @abc.abstractmethod
     def gather_rows(self, row: Tensor) -> Pending:
         """Answer: the rows, uint8 [room], of all ranks: uint8 [ranks, room]."""
 
     @abc.abstractmethod
-    def swap(self, incoming: Mapping[int, Tensor], outgoing: Mapping[int, Tensor]) -> None:
-        """Send `outgoing`, and fill `incoming`, uint8 by the other's rank. Waits."""
+    def exchange_rows(self, rows: Tensor) -> Pending:
+        """rows: uint8 [ranks, n], one for each rank. Answer: those of all ranks for this one, in the same shape."""
+
+    @abc.abstractmethod
+    def follow(self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[int], number: int) -> Pending:
+        """Send `outgoing`, uint8 parts by destination; ranks call this in one order, before or after other collectives.
+
+        lengths: of what the ranks send to this one. number: of the collective that this follows.
+        Answer: what they sent.
+        """
+
+    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
+        return self._gather(joined(parts), _HEADER_BYTES)
 
     def regather(self, name: str, parts: Sequence[Tensor]) -> Pending:
         room = self._rooms.of(name)
         if room is None or room * self.size > self.most_gathered_bytes:
-            return Then(self.allgather(name, parts), lambda messages: self._learned(name, messages))
-        message = joined(parts)
-        return Then(self.gather_rows(padded(message, room)), lambda rows: self._whole(name, rows, message, room))
+            room = _HEADER_BYTES
+        return Then(self._gather(joined(parts), room), lambda messages: self._learned(name, messages))
+
+    def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
+        lengths = torch.tensor([[sum(part.numel() for part in destination)] for destination in parts])
+        exchanged = self.exchange_rows(lengths.view(torch.uint8))
+        return self._followed(exchanged, lambda rows, number: self.follow(parts, lengths_of(rows), number))
+
+    def _gather(self, message: Tensor, room: int) -> Pending:
+        rest = message[room - _HEADER_BYTES :]
+
+        def follow(rows: Tensor, number: int) -> Pending:
+            lengths = lengths_of(rows)
+            unsent = [max(length + _HEADER_BYTES - room, 0) for length in lengths]
+            if not any(unsent):
+                return _There(messages_of(rows, lengths))
+            rests = self.follow([[rest]] * self.size, unsent, number)
+            return Then(rests, lambda rests: messages_of(rows, lengths, rests))
+
+        return self._followed(self.gather_rows(padded(message, room)), follow)
 
     def _learned(self, name: str, messages: list[Tensor]) -> list[Tensor]:
         self._rooms.learn(name, max(message.numel() for message in messages))
         return messages
 
-    def _whole(self, name: str, rows: Tensor, mine: Tensor, room: int) -> list[Tensor]:
-        """The messages of all ranks. Waits for what of them did not fit."""
-        lengths = lengths_of(rows)
-        unsent = [max(length + _HEADER_BYTES - room, 0) for length in lengths]
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        rests = {rank: mine.new_empty(unsent[rank]) for rank in others if unsent[rank]}
-        rest = mine[room - _HEADER_BYTES :]
-        if any(unsent):
-            self.swap(rests, dict.fromkeys(others, rest) if unsent[self.rank] else {})
-        if unsent[self.rank]:
-            rests[self.rank] = rest
-        return self._learned(name, messages_of(rows, lengths, rests))
+    def _followed(self, pending: Pending, follow: Callable[[Any, int], Pending]) -> Pending:
+        number = self.posted
+        followed = _Followed(pending, lambda answer: follow(answer, number), self._line)
+        self._line.append(followed)
+        return followed
+
+
+class _Followed(PolledPending):
+    """A collective and what follows once its answer is there; `line` has those that begin before or after this one."""
+
+    def __init__(self, pending: Pending, follow: Callable[[Any], Pending], line: collections.deque[_Followed]) -> None:
+        self._pending, self._follow, self._line = pending, follow, line
+        self._followed = False
+
+    def ready(self) -> bool:
+        while not self._followed and self._line[0].followed():
+            self._line.popleft()
+        return self._followed and self._pending.ready()
+
+    def followed(self) -> bool:
+        """Whether what follows has begun, which is so once it can have."""
+        if not self._followed and self._pending.ready():
+            self._pending = self._follow(self._pending.wait())
+            self._followed = True
+            del self._follow  # which holds what has been sent
+        return self._followed
+
+    def wait(self) -> Any:
+        self.await_ready()
+        return self._pending.wait()
+
+
+class _There(Pending):
+    """An answer."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> Any:
+        return self._answer
 
 
 def padded(message: Tensor, room: int) -> Tensor:
@@ -96,10 +160,12 @@ def lengths_of(rows: Tensor) -> list[int]:
     return lengths
 
 
-def messages_of(rows: Tensor, lengths: Sequence[int], rests: Mapping[int, Tensor]) -> list[Tensor]:
-    """The whole messages; rests: by rank, what followed."""
-    fit = [row[_HEADER_BYTES : _HEADER_BYTES + length] for row, length in zip(rows, lengths)]
-    return [torch.cat([message, rests[rank]]) if rank in rests else message for rank, message in enumerate(fit)]
+def messages_of(rows: Tensor, lengths: Sequence[int], rests: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The whole messages; rests: what followed, by rank."""
+    messages = [row[_HEADER_BYTES : _HEADER_BYTES + length] for row, length in zip(rows, lengths)]
+    if rests:
+        messages = [torch.cat([message, rest]) if rest.numel() else message for message, rest in zip(messages, rests)]
+    return messages
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, Reduce
 class _WorkPending(WatchedPending):
     """A collective under way; holds its buffers until it is done."""
 
-    def __init__(self, transport: TorchTransport, work: Any, answer: Callable[[], Any], buffers: object) -> None:
-        super().__init__(transport)
+    def __init__(
+        self, transport: TorchTransport, work: Any, answer: Callable[[], Any], buffers: object, number: int | None
+    ) -> None:
+        super().__init__(transport, number)
         self._explained, self._work, self._answer, self._buffers = transport.explained, work, answer, buffers
 
     def done(self) -> bool:
@@ -65,10 +67,11 @@ class TorchTransport(RoomTransport):
         self._world = dist.group.WORLD
         config = str(dist.get_backend_config(process_group))
         ranks = dist.get_process_group_ranks(process_group)
-        self.group = dist.new_group(ranks, backend=config, use_local_synchronization=True)
+        self.group, self._followers = (
+            dist.new_group(ranks, backend=config, use_local_synchronization=True) for _ in range(2)
+        )
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._device = _device(config)
-        self._swaps = 0  # so far: the tag of the next one
         self._gone = False
         self._store: dist.Store | None = None
         # A name of its own: torchrun may keep the store, with all that is in it, when it restarts the ranks.
@@ -93,45 +96,34 @@ class TorchTransport(RoomTransport):
             received,
         )
 
-    def allgather(self, name: str, parts: Sequence[Tensor]) -> Pending:
-        """The same parts to everyone: on Gloo, an allgather of large messages takes several times as long as this, and
-        none knows lengths that differ.
-        """
-        return self.alltoall(name, [parts] * self.size)
-
     @property
     def most_gathered_bytes(self) -> float:
         return float("inf") if self._device.type == "cpu" else 0  # untried on NCCL
 
     def gather_rows(self, row: Tensor) -> Pending:
-        sent = row.repeat(self.size, 1)
-        rows = torch.empty_like(sent)
-        return self._post(self._exchange(rows, sent, None, None), lambda: rows, sent)
+        """The same row to everyone: Gloo's allgather of large messages takes several times as long as this."""
+        return self.exchange_rows(row.repeat(self.size, 1))
 
-    def swap(self, incoming: Mapping[int, Tensor], outgoing: Mapping[int, Tensor]) -> None:
-        self._swaps += 1  # the same on all ranks, which take answers in the same order
-        with self.explained():
-            works: list[Any] = [
-                dist.irecv(rest, self._global(peer), self.group, self._swaps) for peer, rest in incoming.items()
-            ]
-            works += [dist.isend(rest, self._global(peer), self.group, self._swaps) for peer, rest in outgoing.items()]
-            for work in works:
-                work.wait()
+    def exchange_rows(self, rows: Tensor) -> Pending:
+        sent = rows.to(self._device)
+        received = torch.empty_like(sent)
+        return self._post(
+            lambda: dist.all_to_all_single(received, sent, group=self.group, async_op=True), received.cpu, sent
+        )
+
+    def follow(self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[int], number: int) -> Pending:
+        sizes, incoming = [sum(part.numel() for part in parts) for parts in outgoing], list(lengths)
+        sent = joined([part for parts in outgoing for part in parts]).to(self._device)
+        received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
+        return self._post(
+            lambda: dist.all_to_all_single(received, sent, incoming, sizes, self._followers, async_op=True),
+            lambda: list(received.cpu().split(incoming)),
+            sent,
+            number,
+        )
 
     def _global(self, peer: int) -> int:
         return dist.get_global_rank(self.group, peer)
-
-    def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
-        outgoing = [sum(part.numel() for part in destination) for destination in parts]
-        lengths = torch.empty(self.size, dtype=torch.int64, device=self._device)
-        mine = torch.tensor(outgoing, device=self._device)
-        exchange = self._exchange(lengths, mine, None, None)
-        incoming: list[int] = self._post(exchange, lengths.tolist, mine).wait()
-        sent = joined([part for destination in parts for part in destination]).to(self._device)
-        landing = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
-        return self._post(
-            self._exchange(landing, sent, incoming, outgoing), lambda: list(landing.cpu().split(incoming)), sent
-        )
 
     def is_current(self) -> bool:
         return dist.is_initialized() and dist.group.WORLD is self._world
@@ -176,15 +168,12 @@ class TorchTransport(RoomTransport):
                 f"ended, or the network has. Look for the first error that any rank printed. ({reason})"
             ) from error
 
-    def _exchange(
-        self, received: Tensor, sent: Tensor, incoming: list[int] | None, outgoing: list[int] | None
-    ) -> Callable[[], Any]:
-        return lambda: dist.all_to_all_single(received, sent, incoming, outgoing, self.group, async_op=True)
-
-    def _post(self, start: Callable[[], Any], answer: Callable[[], Any], buffers: object) -> Pending:
+    def _post(
+        self, start: Callable[[], Any], answer: Callable[[], Any], buffers: object, number: int | None = None
+    ) -> Pending:
         with self.explained():
             work = start()
-        return _WorkPending(self, work, answer, buffers)
+        return _WorkPending(self, work, answer, buffers, number)
 
 
 def _device(config: str) -> torch.device:

@@ -46,6 +46,7 @@ _NEEDS: dict[str, Callable[[Job], bool]] = {
     "plain_mpi": lambda job: job.backend == "mpi4py",
     "optimizers": lambda job: job.backend != "torch",
     "torch_job": lambda job: job.backend == "torch",
+    "ordered": lambda job: not job.is_horovod and job.size > 1,
 }
 _BACKEND = os.environ.get("HVD_COMPRESS_BACKEND", "mpi4py")
 # Files whose tests need one backend are not even imported elsewhere.
@@ -189,4 +190,10 @@ def optimizers(job: Job) -> Job:
 @pytest.fixture
 def torch_job(job: Job) -> Job:
     """For tests of the hook of DistributedDataParallel."""
+    return job
+
+
+@pytest.fixture
+def ordered(job: Job) -> Job:
+    """For tests of transports that match collectives by their order."""
     return job

@@ -102,6 +102,36 @@ def test_collectives_may_be_under_way_together(job: Job, transport: Transport) -
     assert answers[3].tolist() == [float(job.size)] * 10
 
 
+@pytest.mark.parametrize("kind", ["allreduce", "broadcast", "allgather", "regather", "alltoall"])
+def test_to_post_waits_for_no_other_rank(several: Job, transport: Transport, kind: str) -> None:
+    name, mine = f"test.post.{kind}", message(several.rank, 0, 500 * several.rank)
+    post = {
+        "allreduce": lambda: transport.allreduce(name, torch.ones(10), ReduceOp.SUM),
+        "broadcast": lambda: transport.broadcast(name, torch.ones(10), 0),
+        "allgather": lambda: transport.allgather(name, [mine]),
+        "regather": lambda: transport.regather(name, [mine]),
+        "alltoall": lambda: transport.alltoall(name, [[mine]] * several.size),
+    }[kind]
+    for first in range(several.size):
+        pending = post() if several.rank == first else None
+        several.barrier()
+        (pending or post()).wait()
+
+
+def test_an_answer_may_be_taken_before_or_after_the_next_post(several: Job, transport: Transport) -> None:
+    """Also one that does not fit in its room, of which more follows."""
+    for step, length in enumerate([10, 5000, 70_000]):
+        posted = [transport.regather("test.taken", [message(several.rank, step, length)])]
+        answers = [posted[0].wait()] if several.rank == 0 and step > 0 else []
+        posted.append(
+            transport.alltoall("test.next", [[message(several.rank, to, length)] for to in range(several.size)])
+        )
+        answers += [pending.wait() for pending in posted[len(answers) :]]
+        for rank in range(several.size):
+            assert torch.equal(answers[0][rank], message(rank, step, length))
+            assert torch.equal(answers[1][rank], message(rank, several.rank, length))
+
+
 def test_objects_arrive_in_rank_order(job: Job, transport: Transport) -> None:
     said = transport.gather_objects("test.objects", {"rank": job.rank, "text": "é" * job.rank}).wait()
     assert said == [{"rank": rank, "text": "é" * rank} for rank in range(job.size)]
