@@ -176,6 +176,7 @@ METHODS: dict[str, Make] = {
     "acdc": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "gap": lambda s: Compression.masked(lambda: s.pruned, s.named),
     "fractrain": _fractrain,
+    "fractrain_activations": _fractrain,
     "none_delayed": lambda s: Compression.none(s.named, delay=1),
     "qsgd_delayed": lambda s: Compression.qsgd(s.named, bits=4, seed=s.seed, delay=1),
     "topk_delayed": lambda s: Compression.topk(s.named, density=0.01, delay=1),
@@ -237,7 +238,12 @@ def clip_of(method: str, task: Task) -> float | None:
 
 @contextmanager
 def technique(
-    method: str, setting: Setting, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int
+    method: str,
+    setting: Setting,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compression: GradientCompression,
+    rank: int,
 ) -> Iterator[None]:
     """What a method changes in training beside the exchange; `optimizer` is the one whose step() is called."""
     pruning: Any = None
@@ -248,6 +254,8 @@ def technique(
     seed = 1000 * setting.seed + rank
     if method == "activations_2_bits":
         pruning = CompressedActivations(model, 2, seed=seed)
+    if method == "fractrain_activations":
+        pruning = CompressedActivations(model, lambda: max(compression.rates.values()), seed=seed)
     if method == "activation_pruning":
         pruning = prune_activation_gradients(model, 0.9, modules=setting.task.places, seed=seed)
     try:

@@ -96,7 +96,7 @@ def train_in_job(combination: Combination) -> dict[str, Any]:
     if local is None:
         optimizer = hvd.DistributedOptimizer(optimizer, training.setting.named, compression=compression)
     schedule = training.schedule(optimizer)
-    with technique(training.method, training.setting, training.model, optimizer, hvd.rank()):
+    with technique(training.method, training.setting, training.model, optimizer, compression, hvd.rank()):
         with local or nullcontext():
             for step, (inputs, wanted) in enumerate(training.shards[0].batches(training.epochs)):
                 training.begin(step)
@@ -128,7 +128,7 @@ def train_simulated(combination: Combination, size: int) -> dict[str, Any]:
     compressions = [METHODS[method](setting) for _ in range(size)]
     optimizer = optimizer_of(method, setting, compressions[0])
     schedule = training.schedule(optimizer)
-    with technique(method, setting, model, optimizer, rank=0):
+    with technique(method, setting, model, optimizer, compressions[0], rank=0):
         # Masked methods gather hashes besides, which have to be looked at.
         masked = isinstance(compressions[0].compressor, MaskedCompressor)
         ranks = LocalRanks(compressions, readers=None if masked else [0])

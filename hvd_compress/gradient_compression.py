@@ -102,6 +102,14 @@ class GradientCompression(Session):
             self.controller.record_loss(float(loss))
 
     @property
+    def rates(self) -> dict[str, float]:
+        """By parameter: at which rate, in bits, density or rank, its last gradient travelled, or the first one will.
+
+        Of an adaptive method, the same on all ranks; empty where nobody chooses.
+        """
+        return {} if self.controller is None else self.controller.rates_in_force()
+
+    @property
     def _name(self) -> str:
         return name_of(type(self.compressor))
 

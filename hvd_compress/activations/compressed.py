@@ -22,7 +22,7 @@ from ..calls import callers
 from ..connection import connect
 from .forward import Pass, Saved
 from .kept import unpack
-from .precision import Precision
+from .precision import Bits, Precision
 
 _COMPILED = (
     "CompressedActivations cannot see what a model saves that torch.compile compiles. Remedy: compile neither this "
@@ -40,8 +40,8 @@ class CompressedActivations:
 
     model: its forward pass is watched, from its call to its return. A loss that is computed outside stays exact.
     bits: 1 to 8 an element, where gradients are linear in what is saved. Of each 256 elements the smallest and the
-        largest are kept besides, float32.
-    nonlinear_bits: where they are not, as in the inputs of GELU and of attention.
+        largest are kept besides, float32. Or a function, which is asked at each forward pass.
+    nonlinear_bits: where they are not, as in the inputs of GELU and of attention. Or a function as well.
     layers: other numbers of bits, for both, by the name of a module or a pattern in the style of fnmatch; 0 keeps what
         the module saves as it is. The first that fits counts.
     seed: of the rounding. Where ranks train together each needs its own, such as hvd.rank(), or their errors agree and
@@ -56,9 +56,9 @@ class CompressedActivations:
     def __init__(
         self,
         model: nn.Module,
-        bits: int = 2,
+        bits: Bits = 2,
         *,
-        nonlinear_bits: int = 4,
+        nonlinear_bits: Bits = 4,
         layers: Mapping[str, int] | None = None,
         min_numel: int = 1024,
         seed: int = 0,
@@ -97,20 +97,21 @@ class CompressedActivations:
 
     def state_dict(self) -> dict[str, Any]:
         """To resume to the same bits."""
-        return {"passes": self._passes, "chosen": dict(self.precision.chosen)}
+        return {"passes": self._passes, "bits": self.precision.bits, "chosen": dict(self.precision.chosen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._passes, self.precision.chosen = state["passes"], dict(state["chosen"])
+        self.precision.bits = state.get("bits", self.precision.bits)
 
     # Bits for each layer
 
     def choose_bits(self, loss: Callable[[], Tensor], over: Any = None, *, alone: bool = False) -> dict[str, int]:
         """Give each layer the bits that take the least in all and make no more noise in the gradients than now.
 
-        For what is linear. The noise of a layer is measured, with all others exact, as GACT does; then the dynamic
-        programme of L-GreCo chooses. It takes as many passes as there are layers, and two, which touch neither `grad`
-        nor what watches it; buffers and torch's random numbers are as before when it ends. Layers that `layers` names
-        keep what that says.
+        For what is linear, until `bits` changes. The noise of a layer is measured, with all others exact, as GACT does;
+        then the dynamic programme of L-GreCo chooses. It takes as many passes as there are layers, and two, which touch
+        neither `grad` nor what watches it; buffers and torch's random numbers are as before when it ends. Layers that
+        `layers` names keep what that says.
 
         Collective, unless alone: every rank measures, and rank 0 chooses for all by the mean.
 
@@ -176,6 +177,7 @@ class CompressedActivations:
         self._depth += 1
         if self._depth > 1 or not torch.is_grad_enabled():
             return
+        self.precision.begin()
         self._passes += 1
         del self._where[1:]
         key = functools.partial(kernels.stream_key, self.seed, self._passes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Union
 
 from torch import nn
 
@@ -11,7 +12,9 @@ from .. import kernels
 from ..adaptive.solver import solve
 from .rules import LINEAR, NONLINEAR
 
-_CHOICES = range(1, 9)  # bits
+Bits = Union[int, Callable[[], float]]  # a number, or what gives it at each forward pass
+
+_CHOICES = range(1, 9)
 
 
 class Precision:
@@ -20,8 +23,9 @@ class Precision:
     Raises ValueError for numbers of bits that cannot be, and for patterns that fit no module of `model`.
     """
 
-    def __init__(self, model: nn.Module, bits: int, nonlinear_bits: int, layers: Mapping[str, int], min_numel: int):
-        self.bits, self.nonlinear_bits = _bits("bits", bits), _bits("nonlinear_bits", nonlinear_bits)
+    def __init__(self, model: nn.Module, bits: Bits, nonlinear_bits: Bits, layers: Mapping[str, int], min_numel: int):
+        self._asked = {"bits": bits, "nonlinear_bits": nonlinear_bits}
+        self.bits, self.nonlinear_bits = self._now()
         self.layers = dict(layers)
         if min_numel < 1:
             raise ValueError(f"min_numel must be at least 1: {min_numel}")
@@ -29,6 +33,15 @@ class Precision:
         self.chosen: dict[str, int] = {}  # for what is linear, by layer
         self.only: Collection[str] | None = None  # while noise is measured: the layers that make it
         self._check_layers([name for name, _ in model.named_modules()])
+
+    def begin(self) -> None:
+        """A forward pass begins. What was chosen for layers is for as many bits as it was chosen by."""
+        bits, self.nonlinear_bits = self._now()
+        if bits != self.bits:
+            self.bits, self.chosen = bits, {}
+
+    def _now(self) -> list[int]:
+        return [_bits(what, bits() if callable(bits) else bits) for what, bits in self._asked.items()]
 
     def _check_layers(self, names: Sequence[str]) -> None:
         for pattern, bits in self.layers.items():
@@ -68,7 +81,7 @@ def _step(bits: int) -> float:
     return 1 / (2**bits - 1)
 
 
-def _bits(what: str, value: int) -> int:
+def _bits(what: str, value: float) -> int:
     if value not in _CHOICES:
         raise ValueError(f"{what} must be a whole number from 1 to 8: {value}")
-    return value
+    return int(value)

@@ -51,6 +51,10 @@ class Controller:
         """The aggregated gradient of a parameter, as the optimizer gets it, the same on every rank; not called where a
         rank's gradient was not finite."""
 
+    def rates_in_force(self) -> dict[str, float]:
+        """By parameter, of those that have one."""
+        return {}
+
     def record_loss(self, loss: float) -> None:
         """This rank's, of a step."""
 
@@ -98,13 +102,19 @@ class RateController(Controller):
         self.rates = dict(state["rates"])
         self._give()
 
+    def rates_in_force(self) -> dict[str, float]:
+        return {slot.name: rate for slot in self.slots if (rate := self._rate(slot)) is not None}
+
+    def _rate(self, slot: Slot) -> float | None:
+        return self.rates.get(slot.name, self._initial(slot))
+
     def _initial(self, slot: Slot) -> float | None:
         has_choice = slot.parameter.compressed and self.compressor.candidates(slot.parameter.shape)
         return self.policy.initial_rate if has_choice else None
 
     def _give(self) -> None:
         for slot in self.slots:
-            rate = self.rates.get(slot.name, self._initial(slot))
+            rate = self._rate(slot)
             if rate != slot.rate:
                 slot.rate, slot.cache = rate, None
 

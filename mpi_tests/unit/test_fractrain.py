@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hvd_compress import Compression, GradientCompression
+from hvd_compress.activations import CompressedActivations
 from hvd_compress.adaptive import FracTrain
 from hvd_compress.local import LocalRanks
 
@@ -35,6 +36,27 @@ def test_the_threshold_itself_is_within_it():
     policy = FracTrain(rates=(1.0, 2.0), threshold=0.25, window=2)
     assert policy.turning_points([5.0, 3.0]) == []  # the scale is 4, and they differ by 2
     assert policy.turning_points([4.5, 3.5]) == [1]  # by 1, a quarter of it
+
+
+def test_activations_may_go_along():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
+    compression = Compression.fractrain(
+        Compression.qsgd(model.named_parameters()), (2, 4, 8), interval=4, threshold=0.5, window=2
+    )
+    ranks = LocalRanks([compression])
+    ratios = []
+    with CompressedActivations(model, lambda: max(compression.rates.values())) as activations:
+        for _ in range(20):
+            model.zero_grad()
+            loss = model(torch.ones(64, 64)).square().mean()
+            loss.backward()
+            compression.record_loss(1.0)
+            ranks.exchange([{name: p.grad for name, p in model.named_parameters()}])
+            ratios.append(activations.saved.ratio)
+    assert ratios == sorted(ratios, reverse=True)
+    assert len(set(ratios)) == 3
+    assert set(compression.rates.values()) == {8.0}
+    assert Compression.qsgd(model.named_parameters()).rates == {}
 
 
 def adapted(interval: int = 4, **options: object) -> GradientCompression:
