@@ -123,14 +123,14 @@ def advise(optimizer: torch.optim.Optimizer, compressor: Compressor, rank: int) 
     """Say on rank 0, once, where a method is known to learn more slowly with such an optimizer, and the remedy."""
     if rank == 0 and compressor.slow_with_adam and is_of_adam(optimizer):
         warn_once(
-            f"{compressor} with {type(optimizer).__name__}: Adam divides by a second moment that has seen little but "
-            "what was sent, and learns more slowly, at least in the first thousands of steps. Remedy: "
+            f"{compressor} with {type(optimizer).__name__}: optimizers like Adam divide by a second moment that has "
+            "seen little but what was sent, and learn more slowly, at least in the first thousands of steps. Remedy: "
             "Compression.onebit with hvd_compress.optim.OneBitAdam, Compression.qsgd, or SGD with momentum"
         )
 
 
 def is_of_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it divides by a second moment of each element."""
+    """Whether it divides by a second moment, as Adam and NovoGrad do."""
     return any("betas" in group for group in optimizer.param_groups)
 
 
