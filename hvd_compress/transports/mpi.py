@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..requests import ReduceOp
 from .base import Pending, WatchedPending
-from .rooms import RoomTransport, joined
+from .rooms import RoomTransport
 
 CHUNK_BYTES = 1 << 30  # of one MPI call: counts and displacements are 32-bit integers
 _LEAVING, _REST = 1, 2  # tags: a rank takes part no longer; what follows a collective
@@ -92,8 +92,8 @@ class MPITransport(RoomTransport):
         exchanged = torch.empty_like(rows)
         return _MPIPending(self, [self.comm.Ialltoall(rows.numpy(), exchanged.numpy())], lambda: exchanged, rows)
 
-    def follow(self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[int], number: int) -> Pending:
-        sent = [joined(parts) for parts in outgoing]
+    def follow(self, outgoing: Tensor, sizes: Sequence[int], lengths: Sequence[int], number: int) -> Pending:
+        sent = outgoing.split(list(sizes)) if outgoing.dim() == 1 else outgoing.unbind()
         incoming = [torch.empty(length, dtype=torch.uint8) for length in lengths]
         incoming[self.rank] = sent[self.rank]
         others = [rank for rank in range(self.size) if rank != self.rank]

@@ -62,10 +62,11 @@ class RoomTransport(WatchfulTransport):
         """rows: uint8 [ranks, n], one for each rank. Answer: those of all ranks for this one, in the same shape."""
 
     @abc.abstractmethod
-    def follow(self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[int], number: int) -> Pending:
-        """Send `outgoing`, uint8 parts by destination; ranks call this in one order, before or after other collectives.
+    def follow(self, outgoing: Tensor, sizes: Sequence[int], lengths: Sequence[int], number: int) -> Pending:
+        """Send messages of any length; ranks call this in one order, before or after other collectives.
 
-        lengths: of what the ranks send to this one. number: of the collective that this follows.
+        outgoing: one behind the other by destination, uint8 [sum of sizes], or [ranks, size] where all are as long.
+        sizes, lengths: of what goes to the ranks, and of what they send. number: of the collective that this follows.
         Answer: what they sent.
         """
 
@@ -79,9 +80,10 @@ class RoomTransport(WatchfulTransport):
         return Then(self._gather(joined(parts), room), lambda messages: self._learned(name, messages))
 
     def alltoall(self, name: str, parts: Sequence[Sequence[Tensor]]) -> Pending:
-        lengths = torch.tensor([[sum(part.numel() for part in destination)] for destination in parts])
-        exchanged = self.exchange_rows(lengths.view(torch.uint8))
-        return self._followed(exchanged, lambda rows, number: self.follow(parts, lengths_of(rows), number))
+        sizes = [sum(part.numel() for part in destination) for destination in parts]
+        outgoing = joined([part for destination in parts for part in destination])
+        exchanged = self.exchange_rows(torch.tensor(sizes).view(-1, 1).view(torch.uint8))
+        return self._followed(exchanged, lambda rows, number: self.follow(outgoing, sizes, lengths_of(rows), number))
 
     def _gather(self, message: Tensor, room: int) -> Pending:
         rest = message[room - _HEADER_BYTES :]
@@ -91,7 +93,7 @@ class RoomTransport(WatchfulTransport):
             unsent = [max(length + _HEADER_BYTES - room, 0) for length in lengths]
             if not any(unsent):
                 return _There(messages_of(rows, lengths))
-            rests = self.follow([[rest]] * self.size, unsent, number)
+            rests = self.follow(rest.expand(self.size, -1), [rest.numel()] * self.size, unsent, number)
             return Then(rests, lambda rests: messages_of(rows, lengths, rests))
 
         return self._followed(self.gather_rows(padded(message, room)), follow)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..requests import ReduceOp
 from .base import Pending, WatchedPending
-from .rooms import RoomTransport, joined
+from .rooms import RoomTransport
 
 _LEAVERS = "leavers"  # in the store: how many ranks take part no longer
 
@@ -111,12 +111,11 @@ class TorchTransport(RoomTransport):
             lambda: dist.all_to_all_single(received, sent, group=self.group, async_op=True), received.cpu, sent
         )
 
-    def follow(self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[int], number: int) -> Pending:
-        sizes, incoming = [sum(part.numel() for part in parts) for parts in outgoing], list(lengths)
-        sent = joined([part for parts in outgoing for part in parts]).to(self._device)
+    def follow(self, outgoing: Tensor, sizes: Sequence[int], lengths: Sequence[int], number: int) -> Pending:
+        sent, incoming = outgoing.reshape(-1).contiguous().to(self._device), list(lengths)
         received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
         return self._post(
-            lambda: dist.all_to_all_single(received, sent, incoming, sizes, self._followers, async_op=True),
+            lambda: dist.all_to_all_single(received, sent, incoming, list(sizes), self._followers, async_op=True),
             lambda: list(received.cpu().split(incoming)),
             sent,
             number,
