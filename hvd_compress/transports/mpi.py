@@ -92,8 +92,8 @@ class MPITransport(RoomTransport):
         exchanged = torch.empty_like(rows)
         return _MPIPending(self, [self.comm.Ialltoall(rows.numpy(), exchanged.numpy())], lambda: exchanged, rows)
 
-    def follow(self, outgoing: Tensor, sizes: Sequence[int], lengths: Sequence[int], number: int) -> Pending:
-        sent = outgoing.split(list(sizes)) if outgoing.dim() == 1 else outgoing.unbind()
+    def follow(self, outgoing: Tensor, sizes: list[int], lengths: list[int], number: int) -> Pending:
+        sent = outgoing.split(sizes) if outgoing.dim() == 1 else outgoing.unbind()
         incoming = [torch.empty(length, dtype=torch.uint8) for length in lengths]
         incoming[self.rank] = sent[self.rank]
         others = [rank for rank in range(self.size) if rank != self.rank]

@@ -62,7 +62,7 @@ class RoomTransport(WatchfulTransport):
         """rows: uint8 [ranks, n], one for each rank. Answer: those of all ranks for this one, in the same shape."""
 
     @abc.abstractmethod
-    def follow(self, outgoing: Tensor, sizes: Sequence[int], lengths: Sequence[int], number: int) -> Pending:
+    def follow(self, outgoing: Tensor, sizes: list[int], lengths: list[int], number: int) -> Pending:
         """Send messages of any length; ranks call this in one order, before or after other collectives.
 
         outgoing: one behind the other by destination, uint8 [sum of sizes], or [ranks, size] where all are as long.
@@ -114,20 +114,20 @@ class _Followed(PolledPending):
 
     def __init__(self, pending: Pending, follow: Callable[[Any], Pending], line: collections.deque[_Followed]) -> None:
         self._pending, self._follow, self._line = pending, follow, line
-        self._followed = False
+        self._begun = False
 
     def ready(self) -> bool:
-        while not self._followed and self._line[0].followed():
+        while not self._begun and self._line[0].begin():
             self._line.popleft()
-        return self._followed and self._pending.ready()
+        return self._begun and self._pending.ready()
 
-    def followed(self) -> bool:
-        """Whether what follows has begun, which is so once it can have."""
-        if not self._followed and self._pending.ready():
+    def begin(self) -> bool:
+        """Begin what follows, if it can begin; whether it has."""
+        if not self._begun and self._pending.ready():
             self._pending = self._follow(self._pending.wait())
-            self._followed = True
+            self._begun = True
             del self._follow  # which holds what has been sent
-        return self._followed
+        return self._begun
 
     def wait(self) -> Any:
         self.await_ready()

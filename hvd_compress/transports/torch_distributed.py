@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,12 +111,12 @@ class TorchTransport(RoomTransport):
             lambda: dist.all_to_all_single(received, sent, group=self.group, async_op=True), received.cpu, sent
         )
 
-    def follow(self, outgoing: Tensor, sizes: Sequence[int], lengths: Sequence[int], number: int) -> Pending:
-        sent, incoming = outgoing.reshape(-1).contiguous().to(self._device), list(lengths)
-        received = torch.empty(sum(incoming), dtype=torch.uint8, device=self._device)
+    def follow(self, outgoing: Tensor, sizes: list[int], lengths: list[int], number: int) -> Pending:
+        sent = outgoing.reshape(-1).contiguous().to(self._device)
+        received = torch.empty(sum(lengths), dtype=torch.uint8, device=self._device)
         return self._post(
-            lambda: dist.all_to_all_single(received, sent, incoming, list(sizes), self._followers, async_op=True),
-            lambda: list(received.cpu().split(incoming)),
+            lambda: dist.all_to_all_single(received, sent, lengths, sizes, self._followers, async_op=True),
+            lambda: list(received.cpu().split(lengths)),
             sent,
             number,
         )
