@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = Path("hvd_compress/kernels/native")
+DIGEST = runpy.run_path("hvd_compress/kernels/sources.py")["digest"](SOURCES)
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra"]
 LEVELS = {"plain": []}
@@ -48,7 +50,7 @@ class BuildKernels(build_ext):
             [*compile_, *flags, f"-DHC_LEVEL={level}", SOURCES / "level.cpp", "-o", objects / f"{level}.o"]
             for level, flags in LEVELS.items()
         ]
-        known = ["-DHC_AVX2"] if "avx2" in LEVELS else []
+        known = [f'-DHC_SOURCES="{DIGEST}"', *(["-DHC_AVX2"] if "avx2" in LEVELS else [])]
         commands.append([*compile_, *known, SOURCES / "api.cpp", "-o", objects / "api.o"])
         linked = [objects / f"{name}.o" for name in (*LEVELS, "api")]
         # libstdc++ is there wherever torch is; its static form would ask for a glibc as new as this machine's.

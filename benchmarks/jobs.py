@@ -69,10 +69,14 @@ def rows_in_turns(programs: Sequence[Sequence[str]], launcher: Launcher, ranks: 
 
 
 def told(program: Sequence[str], launcher: Launcher) -> Any:
-    """The JSON that rank 0 of a job prints, whatever its exit code."""
+    """The JSON that rank 0 of a job prints, whatever its exit code. Raises RuntimeError if that is none."""
     command = launcher([sys.executable, *program], ENVIRONMENT)
     ended = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, capture_output=True)
-    return json.loads(ended.stdout)
+    try:
+        return json.loads(ended.stdout)
+    except ValueError as error:
+        said = ended.stderr.decode(errors="replace")
+        raise RuntimeError(f"{' '.join(program)} failed with exit code {ended.returncode}:\n{said}") from error
 
 
 def _run(command: Sequence[str]) -> None:

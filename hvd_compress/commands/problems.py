@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..environment import OFF, VARIABLES, is_off
-from ..kernels.native import VARIABLE
 from .facts import Facts
 
 _SAME = ("hvd_compress", "torch", "numpy", "python")
@@ -57,8 +56,10 @@ def _of_one(facts: Facts) -> Iterator[str]:
 
 def _of_kernels(kernels: Any) -> Iterator[str]:
     if error := _error(kernels):
-        remedy = "correct the variable" if VARIABLE in error else "install hvd_compress again on this machine"
-        yield f"the kernels cannot be loaded ({error}). Remedy: {remedy}"
+        remedy = (
+            "correct the variable" if error.startswith("ValueError") else "install hvd_compress again on this machine"
+        )
+        yield f"the kernels cannot be loaded ({error})" + ("" if "Remedy: " in error else f". Remedy: {remedy}")
     elif kernels["in_use"] == "torch" and kernels["asked"] == "torch":
         yield (
             "HVD_COMPRESS_KERNELS=torch chooses torch operations, ten and more times slower than the kernels. Remedy: "

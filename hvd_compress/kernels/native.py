@@ -23,6 +23,7 @@ from .moments import deviation
 from .narrow import narrow_bytes
 from .payloads import Payloads
 from .quantise import quantised_bytes
+from .sources import digest
 from .sparse import sparse_bytes
 from .ternary import ternary_bytes
 
@@ -49,6 +50,7 @@ _NARROW_ERRORS = (
 )
 _GAPS_ERRORS = ("", "no scale, or no whole number of tokens after it", "a position past the end")
 _LIBRARY = Path(__file__).with_name("_native.so")
+_SOURCES = digest(Path(__file__).with_name("native"))  # None of a wheel, which brings the library alone
 
 # Result and arguments of every function.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -102,13 +104,26 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 def _load() -> Any:
+    """The library; None where there is none, or one of other sources than lie beside it."""
     if not _LIBRARY.exists():
         return None
     library = ctypes.CDLL(str(_LIBRARY))
+    if _SOURCES not in (None, _compiled_of(library)):
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def _compiled_of(library: ctypes.CDLL) -> str:
+    """The digest of its sources, or "" of a library that is too old to know it."""
+    try:
+        function = library.hc_sources
+    except AttributeError:
+        return ""
+    function.restype = c_char_p
+    return str(function().decode())
 
 
 _library = _load()
@@ -132,7 +147,15 @@ def _between(before: Callable[[], None], kernel: Callable[..., Any], after: Call
 
 
 def select(level: str) -> str | None:
-    """Use the kernels of `level`, one of LEVELS, or of less where the processor lacks it; None without a library."""
+    """Use the kernels of `level`, one of LEVELS, or of less where the processor lacks it; None without a library.
+
+    Raises RuntimeError if the library was compiled of other sources than those that lie here.
+    """
+    if _library is None and _LIBRARY.exists():
+        raise RuntimeError(
+            "the C++ kernels were compiled of other sources than those of this checkout, as after a git pull. Remedy: "
+            f"install hvd_compress again (make setup, or pip install --editable .), or set {VARIABLE}=torch"
+        )
     return None if _library is None else LEVELS[_library.hc_select(LEVELS.index(level))]
 
 

@@ -143,7 +143,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
                     "adacomp",
                     "prune",
                 ),
-                *("payloads", "counts", "lowrank", "narrow"),
+                *("payloads", "counts", "lowrank", "narrow", "sources"),
                 *("native", "reference"),
             )
         },

@@ -57,6 +57,9 @@ void* scratch(size_t bytes) {
     return room.start;
 }
 
+// What this library was compiled of: the digest of sources.py.
+HC_API const char* hc_sources() { return HC_SOURCES; }
+
 // Levels: 0 plain, 1 AVX2. Returns the one that is in use from now on: the one asked for, or less.
 HC_API int hc_select(int most) {
     level = most > 0 ? best() : &plain::LEVEL;
