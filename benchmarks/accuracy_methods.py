@@ -169,6 +169,8 @@ METHODS: dict[str, Make] = {
     "onebit_adam": lambda s: Compression.onebit(s.named, momentum=_BETAS[0], warmup_steps=s.steps // 10),
     "powersgd": lambda s: Compression.powersgd(s.named, approximation_rank=4, seed=s.seed),
     "scalecom": lambda s: Compression.scalecom(s.named, density=0.01),
+    "scalecom_8_bits": lambda s: Compression.scalecom(s.named, density=0.01, value_bits=8),
+    "scalecom_4_bits": lambda s: Compression.scalecom(s.named, density=0.01, value_bits=4),
     "dgc": _dgc,
     "stochastic_pruning": lambda s: Compression.stochastic_pruning(s.named, rate=0.9, seed=s.seed),
     "lgreco": _lgreco,

@@ -212,6 +212,7 @@ class Compression:
         density: Rate = 0.001,
         beta: float = 1.0,
         chunk: int | None = None,
+        value_bits: int = 32,
         **options: Any,
     ) -> GradientCompression:
         """ScaleCom: the ranks in turn pick the entries that all send, so that traffic does not grow with their number
@@ -220,8 +221,11 @@ class Compression:
         density: fraction of the entries, in (0, 1], or a schedule of it.
         beta: of the low-pass filter of the residual, in (0, 1]; 1 for none. Below 1 gradients are lost in part.
         chunk: pick the largest of each chunk of so many elements instead, without a sort.
+        value_bits: of an entry's value, 32, 8 or 4. With fewer, values are rounded at random (QSGD), and each rank
+            adds up a part of them.
         """
-        return _bound(ScaleComCompressor(density=density, beta=beta, chunk=chunk), named_parameters, options)
+        compressor = ScaleComCompressor(density=density, beta=beta, chunk=chunk, value_bits=value_bits)
+        return _bound(compressor, named_parameters, options)
 
     @staticmethod
     def dgc(

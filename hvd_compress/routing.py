@@ -15,12 +15,13 @@ from .compressors import (
     TOPOLOGIES,
     Codec,
     Compressor,
+    ScaleComCompressor,
     ScatterCodec,
     Slot,
     warn_if_more_than_dense,
 )
 from .requests import Exchange, Member
-from .topologies import Gather, Hierarchical, Nodes, Part, Scatter, Span, regions, spans_of
+from .topologies import Cyclic, Gather, Hierarchical, Nodes, Part, Scatter, Span, regions, spans_of
 from .transports.base import Transport
 
 
@@ -55,6 +56,8 @@ class Routing:
 
     def exchange_of(self, compressor: Compressor, slot: Slot, gradient: Tensor) -> Exchange | Member:
         """The exchange of one gradient by `compressor`: by itself, or with others of its bucket."""
+        if isinstance(compressor, ScaleComCompressor) and compressor.carried(slot) and slot.step.size > 1:
+            return Member(Cyclic(compressor), Part(slot, gradient))
         if not (isinstance(compressor, Codec) and compressor.grouped(slot)):
             return compressor.exchange(slot, gradient)
         if isinstance(compressor, ScatterCodec) and self._can_be_cut(slot):

@@ -6,7 +6,7 @@ What a rank sends and receives does not grow with the number of ranks, since all
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,24 +20,32 @@ from ..wire import WireError
 from .base import Compressor
 from .footprint import Sent
 from .gradients import flat, flat32, max_abs
+from .qsgd import QSGDCompressor
 from .slot import Slot
+
+_EXACT, _VALUE_BITS = 32, (32, 8, 4)
+_VALUES_A_NORM = 64
 
 
 @dataclass(frozen=True)
 class ScaleComCompressor(Compressor):
     """CLT-k: the leader, rank step mod size, picks the largest |residual + gradient| of its own, and all ranks send
-    theirs at those positions. Four bytes an entry, and four more from the leader. Small tensors travel as they are.
+    theirs at those positions. Four bytes an entry, and about log2(1 / density) + 2 bits more from the leader. Small
+    tensors travel as they are.
 
     density: fraction that is sent, in (0, 1], or a schedule of it.
     beta: of the low-pass filter residual <- residual + beta * (gradient - sent), in (0, 1]. 1 is plain error feedback.
         Less is *not lossless*: of a gradient that was not sent, only beta of it is kept, and of a residual that was
         sent, 1 - beta of it stays. It is meant for large batches and learning rates; section 3 of the paper.
     chunk: the leader picks the largest of each chunk of so many elements, which takes no sort; `density` is not used.
+    value_bits: of an entry's value, 32, 8 or 4. With fewer than 32 each rank adds up a part of the entries, for all:
+        values go to it by QSGD, with a norm for each 64, and back by QSGD of 8 bits. That is unbiased, not exact.
     """
 
     density: Rate = 0.001
     beta: float = 1.0
     chunk: int | None = None
+    value_bits: int = _EXACT
 
     algorithm = 9
     slow_with_adam: ClassVar[bool] = True
@@ -49,48 +57,61 @@ class ScaleComCompressor(Compressor):
             raise ValueError(f"beta must be in (0, 1]: {self.beta}")
         if self.chunk is not None and not (isinstance(self.chunk, int) and self.chunk >= 1):
             raise ValueError(f"chunk must be a whole number of elements, or None for no chunks: {self.chunk!r}")
+        if self.value_bits not in _VALUE_BITS:
+            raise ValueError(f"value_bits must be one of {', '.join(map(str, _VALUE_BITS))}: {self.value_bits!r}")
 
     def sent(self, slot: Slot) -> Sent:
         numel = slot.parameter.numel
         k = self.entries(slot, numel)
         if not saves(numel, k):
             return Sent(reduced=4 * numel)
-        return Sent(reduced=4 * (k + 1), broadcast=_index_type(numel).itemsize * k)
+        positions = kernels.position_bytes(numel, k)
+        if self.value_bits == _EXACT:
+            return Sent(reduced=4 * (k + 1), broadcast=positions)
+        values, both = values_of(slot, k), (False, True)
+        return Sent(scattered=sum(self.carrier.piece_bytes(values, k, back=back) for back in both), broadcast=positions)
 
     def held(self, slot: Slot) -> dict[str, int]:
         return {RESIDUALS: 4 * slot.parameter.numel, SPARE: 4 * slot.parameter.numel}
 
+    @property
+    def carrier(self) -> QSGDCompressor:
+        """By which values of fewer than 32 bits travel."""
+        return QSGDCompressor(bits=self.value_bits, bucket_size=_VALUES_A_NORM)
+
+    def carried(self, slot: Slot) -> bool:
+        """Whether values travel by the carrier, hence together with those of others."""
+        return self.value_bits < _EXACT and saves(slot.parameter.numel, self.entries(slot, slot.parameter.numel))
+
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
         numel = gradient.numel()
-        k = self.entries(slot, numel)
-        if not saves(numel, k):
+        if not saves(numel, self.entries(slot, numel)):
             return (yield from _as_it_is(self, slot, gradient))
-        leader = slot.step.number % slot.step.size
-        values, accumulated = flat(gradient), slot.memory.room(slot.name, gradient)
-        residual = slot.memory.residual(slot.name, accumulated.device)
-        picked = self._pick(values, residual, accumulated, k, leads=slot.step.rank == leader)
-        finite = picked is not None
-        picks = torch.arange(k) if picked is None else picked
-        positions: Tensor = yield Broadcast(picks.to(accumulated.device, _index_type(numel)), leader)
-        positions = positions.to(torch.int64)
-        sound = are_positions(positions, k, numel)
-        if not sound:
-            positions = torch.arange(k, device=accumulated.device)
+        entries = self.begin(slot, gradient)
+        entries.agree((yield Broadcast(entries.packed(), entries.leader)))
+        if self.value_bits < _EXACT:
+            total = yield from self.carrier.exchange(values_of(slot, entries.count), entries.values())
+            return None if total is None else entries.total(total)
         # How many ranks have what is not finite, which need not be at these positions, and, past the number of ranks,
         # how many got no positions: so all ranks learn of both.
-        flag = accumulated.new_tensor([(not finite) + (not sound) * (slot.step.size + 1.0)])
-        summed: Tensor = yield Allreduce(torch.cat([accumulated[positions], flag]), last=True)
+        flag = (not entries.finite) + (not entries.sound) * (slot.step.size + 1.0)
+        values = entries.values()
+        summed: Tensor = yield Allreduce(torch.cat([values, values.new_tensor([flag])]), last=True)
         summed, flags = summed[:-1], float(summed[-1])
         if flags > slot.step.size:
-            found = "others on this rank" if not sound else "others on another rank"
-            raise WireError(leader, slot.name, f"{k} ascending positions below {numel}", found)
+            found = "others on this rank" if not entries.sound else "others on another rank"
+            raise WireError(entries.leader, slot.name, f"{entries.count} ascending positions below {numel}", found)
         if flags or (largest := max_abs(summed)) == math.inf:
             return None
-        accumulated[positions] = 0
-        slot.memory.propose(slot.name, self._filtered(residual, accumulated))
-        divisor = slot.step.divisor
-        values = slot.room_for_sum(accumulated).zero_().index_copy_(0, positions, summed / divisor)
-        return Total(values, divisor, largest)
+        return entries.total(Total(summed / slot.step.divisor, slot.step.divisor, largest))
+
+    def begin(self, slot: Slot, gradient: Tensor) -> Entries:
+        """What has accumulated of a gradient, and what this rank would pick of it if it leads."""
+        k, accumulated = self.entries(slot, gradient.numel()), slot.memory.room(slot.name, gradient)
+        residual, leader = slot.memory.residual(slot.name, accumulated.device), slot.step.number % slot.step.size
+        picked = self._pick(flat(gradient), residual, accumulated, k, leads=slot.step.rank == leader)
+        finite = picked is not None
+        return Entries(self, slot, accumulated, torch.arange(k) if picked is None else picked, finite)
 
     def rate_of(self, slot: Slot) -> float:
         """The density of this step."""
@@ -122,11 +143,65 @@ class ScaleComCompressor(Compressor):
         accumulated[positions] = values
         return positions
 
-    def _filtered(self, residual: Tensor | None, unsent: Tensor) -> Tensor:
+    def filtered(self, residual: Tensor | None, unsent: Tensor) -> Tensor:
         """The new residual, in the memory of `unsent`."""
         if self.beta == 1:
             return unsent
         return unsent.mul_(self.beta) if residual is None else torch.lerp(residual, unsent, self.beta, out=unsent)
+
+
+@dataclass
+class Entries:
+    """What a rank has accumulated of a gradient, and the entries of it that all ranks send."""
+
+    compressor: ScaleComCompressor
+    slot: Slot
+    accumulated: Tensor  # float32 [numel]
+    positions: Tensor  # int64 [k], ascending: this rank's own until all agree
+    finite: bool
+    sound: bool = True  # whether the leader's positions have come
+
+    @property
+    def leader(self) -> int:
+        return self.slot.step.number % self.slot.step.size
+
+    @property
+    def count(self) -> int:
+        return self.positions.numel()
+
+    def packed(self) -> Tensor:
+        """The positions, uint8 on the device of the gradient, in the code of kernels/positions.py."""
+        positions = self.positions.cpu()
+        packed: Tensor = kernels.of(positions).positions_encode(positions, self.accumulated.numel())
+        return packed.to(self.accumulated.device)
+
+    def agree(self, packed: Tensor) -> None:
+        """Send those of the leader."""
+        packed = packed.cpu()
+        try:
+            positions = kernels.of(packed).positions_decode(packed, self.accumulated.numel(), self.count)
+        except ValueError:
+            self.sound, positions = False, torch.arange(self.count)
+        self.positions = positions.to(self.accumulated.device)
+
+    def values(self) -> Tensor:
+        """Float32 [k]; not finite where the gradient is not."""
+        values = self.accumulated[self.positions]
+        return values if self.finite else torch.full_like(values, math.nan)
+
+    def total(self, summed: Total) -> Total:
+        """The sum of the gradients, of that of these entries; proposes the new residual."""
+        slot, accumulated = self.slot, self.accumulated
+        accumulated[self.positions] = 0
+        residual = slot.memory.residual(slot.name, accumulated.device)
+        slot.memory.propose(slot.name, self.compressor.filtered(residual, accumulated))
+        out = slot.room_for_sum(accumulated).zero_().index_copy_(0, self.positions, summed.values)
+        return summed._replace(values=out)
+
+
+def values_of(slot: Slot, entries: int) -> Slot:
+    """The place of the values of so many entries, without a state of their own."""
+    return Slot(replace(slot.parameter, shape=torch.Size([entries]), tensor=None), slot.step)
 
 
 def _as_it_is(compressor: ScaleComCompressor, slot: Slot, gradient: Tensor) -> Exchange:
@@ -135,22 +210,10 @@ def _as_it_is(compressor: ScaleComCompressor, slot: Slot, gradient: Tensor) -> E
     if max_abs(total) == math.inf:
         return None
     residual = slot.memory.residual(slot.name, accumulated.device)
-    slot.memory.propose(slot.name, compressor._filtered(residual, torch.zeros_like(accumulated)))
+    slot.memory.propose(slot.name, compressor.filtered(residual, torch.zeros_like(accumulated)))
     return Total(total)
-
-
-def are_positions(positions: Tensor, k: int, numel: int) -> bool:
-    """Whether int64 [k] ascends, without repetition, from at least 0 to less than `numel`."""
-    if positions.shape != (k,):
-        return False
-    ends = not k or (int(positions[0]) >= 0 and int(positions[-1]) < numel)
-    return ends and bool((positions[1:] > positions[:-1]).all())
 
 
 def saves(numel: int, entries: int) -> bool:
     """Whether positions and values of so many entries are fewer bytes than all values are."""
-    return _index_type(numel).itemsize * entries + 4 * (entries + 1) < 4 * numel
-
-
-def _index_type(numel: int) -> torch.dtype:
-    return torch.int32 if numel <= 1 << 31 else torch.int64
+    return kernels.position_bytes(numel, entries) + 4 * (entries + 1) < 4 * numel

@@ -6,6 +6,7 @@ from .codec import NOT_FINITE, TOO_LARGE, PayloadError
 from .counts import MOST_RANKS, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
 from .narrow import narrow_bytes
+from .positions import position_bytes
 from .prune import decode_pruned, encode_pruned, pruned_entries
 from .quantise import QUANTISED_BLOCK, quantised_bytes
 from .random import key_at, random_bits, stream_key
@@ -35,6 +36,7 @@ __all__ = [
     "orthonormalise",
     "pack_sparse",
     "pack_ternary",
+    "position_bytes",
     "prune_dense",
     "pruned_entries",
     "quantised_bytes",

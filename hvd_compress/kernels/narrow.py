@@ -1,9 +1,8 @@
 """Narrow sparse payloads: values of 8 or 4 bits, at ascending positions of about log2(elements / entries) + 2 bits.
 
 Layout, little-endian, the first bit of a byte its lowest: the number of entries, uint32; for each block of 64 entries a
-step, float32; the positions in the code of Elias and Fano (Vigna, WSDM 2013, arXiv 1206.4300): of entry j, at position
-p, bit (p >> low) + j of the upper bits is set, and its `low` lowest bits follow those of the entry before; then, for
-each value, how many steps it is, in two's complement. Each of these parts ends with a whole byte.
+step, float32; the positions, as kernels/positions.py lays them out; then, for each value, how many steps it is, in
+two's complement, up to a whole byte.
 """
 
 from __future__ import annotations
@@ -11,23 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .positions import pack_numbers, pack_positions, position_bytes, unpack_numbers, unpack_positions
+
 ENTRIES_A_STEP = 64
 _HEAD_BYTES = 4
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def low_bits(numel: int, entries: int) -> int:
-    """Of a position, those that are stored as they are: the rest takes no more than two bits an entry."""
-    return (numel // entries).bit_length() - 1 if entries else 0
-
-
 def _sections(numel: int, entries: int, bits: int) -> list[int]:
-    """Bytes of the steps, of the upper and the lower bits of positions, and of the values."""
-    if not entries:
-        return [0, 0, 0, 0]
-    low = low_bits(numel, entries)
-    in_bits = (entries + (numel - 1 >> low), entries * low, entries * bits)
-    return [4 * -(-entries // ENTRIES_A_STEP), *(-(-size // 8) for size in in_bits)]
+    """Bytes of the steps, of the positions, and of the values."""
+    return [4 * -(-entries // ENTRIES_A_STEP), position_bytes(numel, entries), -(-entries * bits // 8)]
 
 
 def narrow_bytes(numel: int, entries: int, bits: int) -> int:
@@ -65,12 +57,9 @@ def pack_narrow(values: Tensor, positions: Tensor, numel: int, bits: int) -> tup
     entries = values.numel()
     steps, counts = rounded(values, bits)
     head = torch.tensor([entries], dtype=torch.int64).view(torch.uint8)[:_HEAD_BYTES]
-    low, upper = low_bits(numel, entries), torch.zeros(8 * _sections(numel, entries, bits)[1], dtype=torch.bool)
-    positions = positions.cpu()
-    upper[(positions >> low) + torch.arange(entries)] = True
-    codes = counts.cpu().to(torch.int64)
-    parts = (head, steps.cpu().view(torch.uint8), _bytes(upper), _pack(positions, low), _pack(codes, bits))
-    return torch.cat(parts), counts * _each(steps, values)
+    codes = pack_numbers(counts.cpu().to(torch.int64), bits)
+    packed = torch.cat((head, steps.cpu().view(torch.uint8), pack_positions(positions, numel), codes))
+    return packed, counts * _each(steps, values)
 
 
 def unpack_narrow(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -78,34 +67,10 @@ def unpack_narrow(packed: Tensor, numel: int, bits: int) -> tuple[Tensor, Tensor
     entries = int.from_bytes(packed[:_HEAD_BYTES].numpy().tobytes(), "little")
     if packed.numel() < _HEAD_BYTES or entries > numel or packed.numel() != narrow_bytes(numel, entries, bits):
         raise ValueError(f"{packed.numel()} bytes do not hold the {entries} entries that are announced")
-    steps, upper, lower, codes = packed[_HEAD_BYTES:].split_with_sizes(_sections(numel, entries, bits))
-    places = torch.nonzero(_bits(upper)).view(-1)
-    if places.numel() != entries:
-        raise ValueError(f"{places.numel()} positions for {entries} entries")
-    low = low_bits(numel, entries)
-    positions = (places - torch.arange(entries)) << low | _unpack(lower, entries, low)
-    if entries and (int(positions[-1]) >= numel or bool((positions.diff() <= 0).any())):
-        raise ValueError("positions are not ascending, or are past the end")
-    counts, of_blocks = _unpack(codes, entries, bits), steps.clone().view(torch.float32)
+    steps, packed_positions, codes = packed[_HEAD_BYTES:].split_with_sizes(_sections(numel, entries, bits))
+    positions = unpack_positions(packed_positions, numel, entries)
+    counts, of_blocks = unpack_numbers(codes, entries, bits), steps.clone().view(torch.float32)
     counts = torch.where(counts >= 1 << bits - 1, counts - (1 << bits), counts)
     if bool((counts == -(1 << bits - 1)).any()) or not bool(((of_blocks >= 0) & (of_blocks <= _LARGEST)).all()):
         raise ValueError("steps or numbers of them that are none")
     return counts.to(torch.float32) * _each(of_blocks, counts), positions
-
-
-def _pack(numbers: Tensor, width: int) -> Tensor:
-    """The `width` lowest bits of int64 [k], one after another, uint8."""
-    return _bytes((numbers[:, None] >> torch.arange(width) & 1).view(-1).bool())
-
-
-def _unpack(packed: Tensor, count: int, width: int) -> Tensor:
-    return (_bits(packed)[: count * width].view(count, width).to(torch.int64) << torch.arange(width)).sum(1)
-
-
-def _bytes(flags: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8).to(torch.int64)
-    return (padded << torch.arange(8)).sum(1).to(torch.uint8)
-
-
-def _bits(packed: Tensor) -> Tensor:
-    return (packed[:, None].to(torch.int64) >> torch.arange(8) & 1).bool().view(-1)

@@ -22,6 +22,7 @@ from .gaps import token_width
 from .moments import deviation
 from .narrow import narrow_bytes
 from .payloads import Payloads
+from .positions import position_bytes
 from .quantise import quantised_bytes
 from .sources import digest
 from .sparse import sparse_bytes
@@ -42,10 +43,13 @@ _SPARSE_ERRORS = (
     "another number of entries than its counts say",
     "positions that do not ascend, or are past the end",
 )
-_NARROW_ERRORS = (
+_POSITION_ERRORS = (
     "",
     "another length, or another number of positions, than its entries take",
     "positions that do not ascend, or are past the end",
+)
+_NARROW_ERRORS = (
+    *_POSITION_ERRORS,
     "steps or numbers of them that are none",
 )
 _GAPS_ERRORS = ("", "no scale, or no whole number of tokens after it", "a position past the end")
@@ -71,6 +75,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hc_threshold_encode": (c_int64, [c_void_p, c_int, c_size_t, c_void_p, c_void_p, c_float, c_void_p, c_size_t]),
     "hc_sparse_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_float, c_void_p, c_void_p]),
     "hc_sparse_positions": (c_int64, [c_void_p, c_size_t, c_size_t, c_void_p]),
+    "hc_positions_encode": (None, [c_void_p, c_size_t, c_size_t, c_void_p]),
+    "hc_positions_decode": (c_int, [c_void_p, c_size_t, c_size_t, c_size_t, c_void_p]),
     "hc_narrow_encode": (None, [c_void_p, c_size_t, c_size_t, c_int, c_void_p, c_void_p]),
     "hc_narrow_decode": (c_int64, [c_void_p, c_size_t, c_size_t, c_int, c_void_p, c_void_p, c_size_t]),
     "hc_narrow_sum": (c_int, [c_void_p, c_void_p, c_int, c_size_t, c_int, c_float, c_void_p, c_void_p]),
@@ -328,6 +334,23 @@ def sparse_positions(payload: Tensor, numel: int) -> Tensor:
     if found < 0:
         raise ValueError("positions are not ascending or past the end, or bytes do not fit their counts")
     return positions[:found]
+
+
+def positions_encode(positions: Tensor, numel: int) -> Tensor:
+    assert _library is not None
+    positions = positions.contiguous()
+    packed = torch.empty(position_bytes(numel, positions.numel()), dtype=torch.uint8)
+    _library.hc_positions_encode(positions.data_ptr(), positions.numel(), numel, packed.data_ptr())
+    return packed
+
+
+def positions_decode(packed: Tensor, numel: int, entries: int) -> Tensor:
+    assert _library is not None
+    positions = torch.empty(entries, dtype=torch.int64)
+    into = entries, numel, positions.data_ptr()
+    if wrong := _library.hc_positions_decode(packed.data_ptr(), packed.numel(), *into):
+        raise ValueError(_POSITION_ERRORS[wrong])
+    return positions
 
 
 def narrow_encode(exact: Tensor, numel: int, bits: int, kept: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .counts import count_bits, count_bytes
 from .gaps import decode_gaps, encode_gaps, token_width
 from .lowrank import orthonormalise, product
 from .narrow import pack_narrow, unpack_narrow
+from .positions import pack_positions, unpack_positions
 from .prune import decode_pruned, encode_pruned, prune_dense
 from .quantise import (
     bucket_means,
@@ -61,6 +62,8 @@ __all__ = [
     "narrow_encode",
     "narrow_sum",
     "orthonormalise",
+    "positions_decode",
+    "positions_encode",
     "project",
     "prune_dense",
     "prune_encode",
@@ -276,6 +279,16 @@ def sparse_sum(payloads: Sequence[Tensor], divisor: float, out: Tensor) -> float
         return _dense(out, positions, values)
 
     return _sum(payloads, divisor, out, decode)
+
+
+def positions_encode(positions: Tensor, numel: int) -> Tensor:
+    """As kernels.positions.pack_positions."""
+    return pack_positions(positions, numel)
+
+
+def positions_decode(packed: Tensor, numel: int, entries: int) -> Tensor:
+    """As kernels.positions.unpack_positions."""
+    return unpack_positions(packed, numel, entries)
 
 
 def narrow_encode(exact: Tensor, numel: int, bits: int, kept: Tensor) -> Tensor:

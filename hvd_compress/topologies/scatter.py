@@ -25,13 +25,17 @@ _TO_OWNER, _TO_ALL = "to owner", "to all"
 @dataclass(frozen=True)
 class Scatter:
     """Two rounds: pieces to their owners, and what the codec makes of the sums to all. All ranks, the owner included,
-    use what was sent, so that they have the same bits."""
+    use what was sent, so that they have the same bits.
+
+    known: what else the ranks must have in common, for their messages to fit.
+    """
 
     codec: ScatterCodec
+    known: int = 0
 
     def reduce(self, parts: Sequence[Part]) -> GroupExchange:
         common = yield from agreed(self.codec, parts)
-        exchange = _Exchange(self.codec, parts, common)
+        exchange = _Exchange(self, parts, common)
         outgoing, shares = exchange.encoded()
         rank = exchange.rank
         addressed = [[] if owner == rank else [message] for owner, message in enumerate(outgoing)]
@@ -46,12 +50,14 @@ class Scatter:
 class _Exchange:
     """The work of one rank between the rounds."""
 
-    def __init__(self, codec: ScatterCodec, parts: Sequence[Part], common: Sequence[Common | None]) -> None:
-        self.codec, self.parts, self.common = codec, parts, common
+    def __init__(self, scatter: Scatter, parts: Sequence[Part], common: Sequence[Common | None]) -> None:
+        codec = self.codec = scatter.codec
+        self.parts, self.common = parts, common
         self.rank, self.size = parts[0].slot.step.rank, parts[0].slot.step.size
         self.owned = regions(tuple(part.span for part in parts), codec.alignment, self.size)
         told = [(part.slot.parameter.index, part.gradient.dtype, codec.rate_of(part.slot)) for part in parts]
-        self.known = (codec.algorithm, parts[0].slot.step.number, told, [part.span for part in parts])
+        spans = [part.span for part in parts]
+        self.known = (codec.algorithm, parts[0].slot.step.number, told, spans, scatter.known)
         self._contexts = messages.context(self.known)
 
     def encoded(self) -> tuple[list[Tensor], list[int]]:
@@ -141,7 +147,7 @@ class _Exchange:
         return (self.codec.piece_bytes(self.parts[p.part].slot, p.numel, back=back) for p in pieces)
 
     def _names(self, pieces: Sequence[Piece]) -> str:
-        return ", ".join(dict.fromkeys(self.parts[piece.part].slot.name for piece in pieces))
+        return ", ".join(dict.fromkeys(self.parts[piece.part].slot.name for piece in pieces)) or self.parts[0].slot.name
 
 
 def _rest_added(shares: Sequence[int], total: int) -> list[int]:

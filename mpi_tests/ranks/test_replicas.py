@@ -37,6 +37,7 @@ MAKE: dict[str, MakeCompression] = {
     "onebit": lambda named: Compression.onebit(named, topology="scatter", min_numel=1),
     "powersgd": lambda named: Compression.powersgd(named, approximation_rank=1, min_numel=1),
     "scalecom": lambda named: Compression.scalecom(named, density=0.1, min_numel=1),
+    "scalecom_4_bits": lambda named: Compression.scalecom(named, density=0.1, value_bits=4, min_numel=1),
     "dgc": lambda named: Compression.dgc(named, density=0.2, momentum=0.5, min_numel=1),
 }
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from hvd_compress import Compression
+from hvd_compress.kernels import position_bytes
 
 from .job import Job
 from .training import OPTIONS, assert_replicated, backward, gradients, parameters, sgd
@@ -21,8 +22,10 @@ def test_a_rank_sends_as_much_however_many_there_are(several: Job, options: dict
     of = parameters(SHAPES)
     compression = Compression.scalecom(of.items(), **options, **OPTIONS)
     optimizer = several.distribute(sgd(of), of.items(), compression)
-    # A position and a value an entry, and a flag a tensor: no word of how many ranks there are.
-    expected = sum(8 * math.prod(shape) // 20 + 4 for shape in SHAPES.values())
+    # Positions, a value an entry, and a flag a tensor: no word of how many ranks there are.
+    expected = sum(
+        position_bytes(numel, numel // 20) + 4 * (numel // 20) + 4 for numel in map(math.prod, SHAPES.values())
+    )
     expected += CARRIER_BYTES * len(SHAPES) * several.is_horovod
     for step in range(2 * several.size):  # every rank leads twice
         compression.telemetry.reset()

@@ -33,10 +33,11 @@ COMPRESSIONS: dict[str, MakeCompression] = {
     "stochastic_pruning": lambda named: Compression.stochastic_pruning(named, rate=0.8, **OPTIONS),
     "powersgd": lambda named: Compression.powersgd(named, approximation_rank=1, **OPTIONS),
     "scalecom": lambda named: Compression.scalecom(named, density=0.1, **OPTIONS),
+    "scalecom_4_bits": lambda named: Compression.scalecom(named, density=0.1, value_bits=4, **OPTIONS),
     "dgc": lambda named: Compression.dgc(named, density=0.1, momentum=0.5, **OPTIONS),
 }
 # Added in rank order by every rank: the same bits everywhere.
-IN_FRAMES = ("bf16", "terngrad", "qsgd", "adacomp", "scattered", "topk", "stochastic_pruning")
+IN_FRAMES = ("bf16", "terngrad", "qsgd", "adacomp", "scattered", "topk", "scalecom_4_bits", "stochastic_pruning")
 IN_SUMS = ("powersgd", "scalecom", "dgc")  # of several rounds, with residuals and more; added up by the backend
 WITH_RESIDUALS = ("adacomp", "scattered", "topk")
 

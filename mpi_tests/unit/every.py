@@ -74,6 +74,7 @@ VARIANTS: dict[str, Make] = METHODS | {
     "qsgd of 8 bits": lambda named, **o: Compression.qsgd(named, bits=8, **o),
     "scalecom by chunks": lambda named, **o: Compression.scalecom(named, chunk=25, **o),
     "scalecom with a filter": lambda named, **o: Compression.scalecom(named, density=0.05, beta=0.5, **o),
+    "scalecom of 4 bits": lambda named, **o: Compression.scalecom(named, density=0.05, value_bits=4, **o),
     "dgc of Nesterov": lambda named, **o: Compression.dgc(named, density=0.05, nesterov=True, **o),
     "dgc without momentum": lambda named, **o: Compression.dgc(named, density=0.05, momentum=0.0, **o),
     "onebit with momentum": lambda named, **o: Compression.onebit(named, momentum=0.9, **o),

@@ -488,8 +488,8 @@ with CompressedActivations(model):
             compiled(torch.randn(64, 64))
     model(torch.randn(64, 64)).sum().backward()
 with pytest.raises(ValueError, match="Remedy: compile neither"):
-    CompressedActivations(nn.Sequential(torch.compile(model)))
-model.compile()
+    CompressedActivations(nn.Sequential(torch.compile(model, backend="eager")))
+model.compile(backend="eager")
 with pytest.raises(ValueError, match="Remedy: compile neither"):
     CompressedActivations(model)
 """

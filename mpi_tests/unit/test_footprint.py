@@ -65,7 +65,9 @@ def test_what_a_rank_sends_is_what_it_says(method, min_numel):
         sent = compressor.sent(slot)
         expected = sent.gathered + sent.reduced + sent.broadcast
         found = compression.telemetry.parameters[slot.name].sent_bytes / steps
-        if method == "adacomp":  # depends on the gradients: more of noise
+        if sent.scattered:  # less what a rank owns itself, and with what frames it
+            assert expected < found < expected + sent.scattered
+        elif method == "adacomp":  # depends on the gradients: more of noise
             assert expected / 3 < found < 3 * expected
         else:
             assert found == pytest.approx(expected, rel=0.1 if method == "stochastic_pruning" else 0)

@@ -122,9 +122,9 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
         "prediction": {f"hvd_compress.prediction.{name}" for name in ("traffic", "work", "timeline")},
         "compressors": {
             f"hvd_compress.compressors.{name}"
-            for name in ("base", "codec", "entries", "footprint", "frames", "gradients", "slot")
+            for name in ("base", "codec", "entries", "footprint", "frames", "gradients", "slot", "qsgd")
         },
-        "topologies": {f"hvd_compress.topologies.{name}" for name in ("base", "frames", "nodes", "regions")},
+        "topologies": {f"hvd_compress.topologies.{name}" for name in ("base", "frames", "nodes", "regions", "scatter")},
         "transports": {f"hvd_compress.transports.{name}" for name in ("base", "rooms")},
         # choice leads to native and reference, and these to what they share and to the packings
         "kernels": {
@@ -143,7 +143,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
                     "adacomp",
                     "prune",
                 ),
-                *("payloads", "counts", "lowrank", "narrow", "sources"),
+                *("payloads", "counts", "lowrank", "narrow", "positions", "sources"),
                 *("native", "reference"),
             )
         },

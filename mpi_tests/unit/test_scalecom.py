@@ -9,10 +9,13 @@ import torch
 
 from hvd_compress.compressors import Step
 from hvd_compress.compressors.scalecom import ScaleComCompressor, saves
+from hvd_compress.kernels import position_bytes
+from hvd_compress.kernels.positions import pack_positions
 from hvd_compress.local import LocalRanks
 from hvd_compress.memory import ErrorFeedback
 from hvd_compress.requests import Allreduce, Broadcast
 from hvd_compress.schedules import Steps
+from hvd_compress.topologies import Cyclic, Part
 from hvd_compress.wire import WireError
 
 from .drive import bits, bound, random, run, slot_of
@@ -21,13 +24,21 @@ from .test_contract import LAYOUTS, TENSORS, ranks_of
 G1 = [0.4, -0.1, 0.05, 0.3, -0.25, 0.02, -0.6, 0.1, 0.0, 0.15]
 G2 = [0.1, -0.3, 0.2, 0.1, -0.1, 0.4, -0.2, 0.0, 0.05, -0.15]
 MEAN = [0.25, 0, 0, 0.2, 0, 0, -0.4, 0, 0, 0]
-COMPRESSORS = {
+SUMMED = {
     "exact": ScaleComCompressor(density=0.01),
     "filtered": ScaleComCompressor(density=0.05, beta=0.1),
     "chunks": ScaleComCompressor(chunk=64),
     "dense": ScaleComCompressor(density=1.0),
 }
+ROUNDED = {
+    "8 bits": ScaleComCompressor(density=0.01, value_bits=8),
+    "4 bits": ScaleComCompressor(density=0.3, value_bits=4),
+    "4 bits, filtered": ScaleComCompressor(chunk=64, beta=0.1, value_bits=4),
+}
+COMPRESSORS = SUMMED | ROUNDED
 every = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
+summed = pytest.mark.parametrize("compressor", SUMMED.values(), ids=SUMMED)
+rounded = pytest.mark.parametrize("compressor", ROUNDED.values(), ids=ROUNDED)
 SIZES = (1, 2, 3, 5)
 
 
@@ -140,7 +151,7 @@ def test_a_chunk_sends_its_largest():
     assert torch.count_nonzero(results[0]) == 34
 
 
-@every
+@summed
 @pytest.mark.parametrize("shape", [(30, 40), (100, 70), (7,)], ids=str)
 def test_what_a_rank_sends_does_not_depend_on_how_many_there_are(compressor, shape):
     numel = math.prod(shape)
@@ -151,7 +162,8 @@ def test_what_a_rank_sends_does_not_depend_on_how_many_there_are(compressor, sha
         for number in range(1, 3):
             step(ranks, gradients)
             sent = [compression.telemetry.total.sent_bytes for compression in ranks.compressions]
-            assert sent == [number * (8 * k + 4 if saves(numel, k) else 4 * numel)] * size
+            each = position_bytes(numel, k) + 4 * k + 4 if saves(numel, k) else 4 * numel
+            assert sent == [number * each] * size
 
 
 def test_requests_are_a_broadcast_of_positions_and_a_sum_of_values():
@@ -161,20 +173,34 @@ def test_requests_are_a_broadcast_of_positions_and_a_sum_of_values():
     exchange = ranks.compressions[1].compressor.exchange(slot, random(30, 40))
     request = next(exchange)
     assert isinstance(request, Broadcast)
-    assert (request.root, request.tensor.shape, request.tensor.dtype) == (1, (12,), torch.int32)
+    # 12 of 1200: 6 bits of each are low ones, and the others take 12 + (1199 >> 6) bits.
+    assert (request.root, request.tensor.shape, request.tensor.dtype) == (1, (9 + 4,), torch.uint8)
     request = exchange.send(request.tensor)
     assert isinstance(request, Allreduce)
     assert request.tensor.shape == (13,)
     assert request.tensor[-1] == 0
 
 
-SPOILT = {
-    "repeated": lambda p: p.index_copy(0, torch.tensor([3]), p[2:3]),
-    "descending": lambda p: p.flip(0),
-    "negative": lambda p: p.index_fill(0, torch.tensor([0]), -1),
-    "too large": lambda p: p.index_fill(0, torch.tensor([len(p) - 1]), 1200),
-    "out of order inside": lambda p: p.index_copy(0, torch.tensor([4, 5]), p[[5, 4]]),
+def of(positions, numel=1200):
+    return pack_positions(torch.tensor(positions), numel)
+
+
+def bit(packed, number):
+    spoilt = packed.clone()
+    spoilt[number // 8] ^= 1 << number % 8
+    return spoilt
+
+
+SPOILT = {  # packed positions of 1200 elements
+    "a bit of the upper ones": lambda packed: bit(packed, 3),
+    "nothing but zeros": torch.zeros_like,
+    "nothing but ones": lambda packed: torch.full_like(packed, 255),
+    "repeated": lambda packed: of([*range(10, 10 + entries_in(packed) - 1), 10 + entries_in(packed) - 2]),
 }
+
+
+def entries_in(packed):
+    return {position_bytes(1200, k): k for k in (12, 19)}[packed.numel()]
 
 
 @pytest.mark.parametrize("victims", [(0, 1, 2), (1,), (0,), (2, 0)], ids=str)
@@ -265,6 +291,79 @@ def test_an_empty_tensor_has_an_empty_sum(compressor):
     assert [total.shape for total in outcome.totals] == [(0,), (0,)]
 
 
+@rounded
+@pytest.mark.parametrize("size", SIZES)
+def test_rounded_values_are_near_those_of_32_bits_and_all_else_is_the_same(compressor, size):
+    exact = ScaleComCompressor(compressor.density, compressor.beta, compressor.chunk)
+    gradients = [random(100, 70, seed=rank) for rank in range(size)]
+    results, kept = step(ranks_for(compressor, size, (100, 70)), gradients)
+    expected, residuals = step(ranks_for(exact, size, (100, 70)), gradients)
+    assert [bits(residual) for residual in kept] == [bits(residual) for residual in residuals]
+    levels = 2 ** (compressor.value_bits - 1) - 1
+    largest = sum(float(gradient.abs().max()) for gradient in gradients)
+    # A rank errs by less than one level of its largest, an owner, at eight bits, by less than one of the sum's.
+    assert float((results[0] - expected[0]).abs().max()) < largest / levels + 2 * largest / 127
+    assert bool((results[0][expected[0] == 0] == 0).all())
+
+
+@rounded
+def test_rounded_values_are_right_on_average(compressor):
+    """Random numbers differ by step: the mean of many, each without residuals, goes to the sum."""
+    exact = ScaleComCompressor(compressor.density, compressor.beta, compressor.chunk)
+    gradients, steps = [random(30, 40, seed=rank) for rank in range(2)], 400
+
+    def means(of):
+        ranks, totals = ranks_for(of, 2, (30, 40)), torch.zeros(2, 30, 40)
+        for number in range(steps):
+            results, _ = step(ranks, gradients)
+            totals[number % 2] += results[0]  # by who leads
+            for compression in ranks.compressions:
+                compression.memory.residuals.clear()
+        return totals / (steps / 2)
+
+    level = 2 * max(float(gradient.abs().max()) for gradient in gradients) / (2 ** (compressor.value_bits - 1) - 1)
+    errors = (means(compressor) - means(exact)).abs()
+    assert 0 < float(errors.max()) < 5 * level / math.sqrt(steps / 2)
+
+
+@pytest.mark.parametrize("victims", [(0, 1, 2), (1,), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("how", ["one that is sound", *SPOILT])
+@pytest.mark.parametrize("value_bits", [4, 8])
+def test_rounded_values_for_other_positions_are_an_error_on_every_rank(value_bits, how, victims):
+    """Positions that some have got otherwise, damaged or not: nobody adds up what does not belong together."""
+    compressor = ScaleComCompressor(density=0.01, value_bits=value_bits)
+    memories = [ErrorFeedback() for _ in range(3)]
+    parts = [
+        [
+            Part(slot_of(shape, name, number, step=Step(4, rank, 3), memory=memories[rank]), random(*shape, seed=rank))
+            for number, (name, shape) in enumerate({"first": (40, 50), "layer.w": (30, 40)}.items())
+        ]
+        for rank in range(3)
+    ]
+    exchanges = [Cyclic(compressor).reduce(of_rank) for of_rank in parts]
+    positions = [next(exchange) for exchange in exchanges][1].tensor
+    length = position_bytes(1200, 12)
+    spoil = SPOILT.get(how, lambda packed: of(range(100, 112)))
+    answers = []
+    for rank in range(3):
+        answer = positions.clone()
+        if rank in victims:
+            answer[-length:] = spoil(answer[-length:])
+        answers.append(answer)
+    sent = [exchange.send(answer).parts for exchange, answer in zip(exchanges, answers)]
+    alike = len(victims) == 3 and how == "one that is sound"
+    for rank, exchange in enumerate(exchanges):
+        incoming = [sent[peer][rank][0] if peer != rank else None for peer in range(3)]
+        if alike:
+            exchange.send(incoming)
+            continue
+        with pytest.raises(WireError, match=r"rank \d for parameter '(first, )?(first|layer\.w)': expected checksum"):
+            exchange.send(incoming)
+    for memory in memories:
+        memory.commit()
+        assert memory.residuals == {}
+
+
 def test_zeros_and_constants_need_no_special_case():
     results, kept = step(ranks_for(COMPRESSORS["exact"], 2, (30, 40)), [torch.zeros(30, 40)] * 2)
     assert not results[0].any()
@@ -285,7 +384,11 @@ def test_the_density_may_be_a_schedule_or_set_from_outside():
 
 
 @pytest.mark.parametrize(
-    "options", [{"density": 0}, {"density": 1.5}, {"beta": 0}, {"beta": 1.1}, {"beta": math.nan}, {"chunk": 0}]
+    "options",
+    [
+        *({"density": 0}, {"density": 1.5}, {"beta": 0}, {"beta": 1.1}, {"beta": math.nan}, {"chunk": 0}),
+        *({"value_bits": 16}, {"value_bits": 0}, {"value_bits": "8"}),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -157,6 +157,15 @@ HC_API int64_t hc_sparse_positions(const uint8_t* payload, size_t length, size_t
     return level->sparse_positions(payload, length, numel, positions);
 }
 
+HC_API void hc_positions_encode(const int64_t* positions, size_t entries, size_t numel, uint8_t* payload) {
+    level->positions_encode(positions, entries, numel, payload);
+}
+
+HC_API int hc_positions_decode(
+    const uint8_t* payload, size_t length, size_t entries, size_t numel, int64_t* positions) {
+    return level->positions_decode(payload, length, entries, numel, positions);
+}
+
 HC_API void hc_narrow_encode(
     const uint8_t* exact, size_t length, size_t numel, int bits, float* kept, uint8_t* payload) {
     level->narrow_encode(exact, length, numel, bits, kept, payload);

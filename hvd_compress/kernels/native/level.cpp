@@ -10,6 +10,7 @@
 #include "lowrank.hpp"
 #include "momentum.hpp"
 #include "narrow.hpp"
+#include "positions.hpp"
 #include "prune.hpp"
 #include "prune_sum.hpp"
 #include "quantise_sum.hpp"
@@ -257,7 +258,7 @@ extern const Level LEVEL;
 const Level LEVEL = {
     moments_,     magnitudes_,      largest_,    ternary_encode_, ternary_sum_, quantise_encode_, quantise_sum_,
     accumulate_,  topk_encode_,     threshold_encode_, sparse_sum_, sparse_positions,
-    narrow_encode, narrow_decode_,  narrow_sum_, adacomp_encode_,  gaps_sum_,
+    positions_encode, positions_decode, narrow_encode, narrow_decode_,  narrow_sum_, adacomp_encode_,  gaps_sum_,
     prune_encode_, prune_sum_,      prune_dense_, sign_encode_,    bfloat_encode_,  bfloat_sum,  counts_encode_, counts_decode_,
     project_,     backproject,      rebuild,      affine_encode_,  affine_decode_, orthonormalise_, momentum_,   chunk_largest,  solve,
 };

@@ -31,6 +31,9 @@ struct Level {
         const uint8_t* const* payloads, const size_t* lengths, int ranks, size_t numel, float divisor, float* out,
         float* bound);
     int64_t (*sparse_positions)(const uint8_t* payload, size_t length, size_t numel, int64_t* positions);
+    void (*positions_encode)(const int64_t* positions, size_t entries, size_t numel, uint8_t* payload);
+    int (*positions_decode)(
+        const uint8_t* payload, size_t length, size_t entries, size_t numel, int64_t* positions);
     void (*narrow_encode)(
         const uint8_t* exact, size_t length, size_t numel, int bits, float* kept, uint8_t* payload);
     int64_t (*narrow_decode)(

@@ -2,6 +2,7 @@
 // ranks sent. Layout: kernels/narrow.py.
 #pragma once
 
+#include "positions.hpp"
 #include "sparse.hpp"
 
 namespace HC_LEVEL {
@@ -13,19 +14,12 @@ constexpr int narrow_levels(int bits) { return (1 << (bits - 1)) - 1; }
 
 // Where the parts of a payload lie, and how long it is.
 struct NarrowLayout {
-    int low = 0;  // bits of a position that are stored as they are
-    size_t upper = NARROW_HEAD, lower = NARROW_HEAD, codes = NARROW_HEAD, length = NARROW_HEAD;
+    PositionLayout positions;
+    size_t upper = NARROW_HEAD, codes = NARROW_HEAD, length = NARROW_HEAD;
 
-    NarrowLayout(size_t numel, size_t entries, int bits) {
-        if (!entries) {
-            return;
-        }
-        while (entries << (low + 1) <= numel) {
-            low++;
-        }
+    NarrowLayout(size_t numel, size_t entries, int bits) : positions(numel, entries) {
         upper += 4 * ((entries + ENTRIES_A_STEP - 1) / ENTRIES_A_STEP);
-        lower = upper + (entries + ((numel - 1) >> low) + 7) / 8;
-        codes = lower + (entries * static_cast<size_t>(low) + 7) / 8;
+        codes = upper + positions.bytes();
         length = codes + (entries * static_cast<size_t>(bits) + 7) / 8;
     }
 };
@@ -62,11 +56,9 @@ inline void narrow_encode(const uint8_t* exact, size_t length, size_t numel, int
     const int levels = narrow_levels(bits);
     const uint32_t head = static_cast<uint32_t>(entries);
     std::memcpy(payload, &head, NARROW_HEAD);
-    std::memset(payload + at.upper, 0, at.lower - at.upper);
     const uint8_t *values = exact + 4 * chunks, *places = values + 4 * entries;
-    uint8_t *lower = payload + at.lower, *codes = payload + at.codes;
-    uint64_t held = 0;  // low bits that are not written yet
-    int count = 0;
+    uint8_t* codes = payload + at.codes;
+    PositionWriter positions(at.positions, payload + at.upper);
     uint32_t left = 0;  // entries of this chunk
     size_t chunk = 0;
     for (size_t first = 0; first < entries; first += ENTRIES_A_STEP) {
@@ -84,17 +76,8 @@ inline void narrow_encode(const uint8_t* exact, size_t length, size_t numel, int
             left--;
             uint16_t place;
             std::memcpy(&place, places + 2 * (first + j), 2);
-            const size_t position = (chunk - 1) * SPARSE_CHUNK + place, bit = (position >> at.low) + first + j;
-            payload[at.upper + bit / 8] |= static_cast<uint8_t>(1 << bit % 8);
-            held |= (static_cast<uint64_t>(position) & ((uint64_t{1} << at.low) - 1)) << count;
-            count += at.low;
-            if (count >= 32) {
-                const uint32_t word = static_cast<uint32_t>(held);
-                std::memcpy(lower, &word, 4);
-                lower += 4;
-                held >>= 32;
-                count -= 32;
-            }
+            const size_t position = (chunk - 1) * SPARSE_CHUNK + place;
+            positions.put(position);
             kept[position] += lost[j];
         }
         for (size_t j = 0; bits == 8 && j < size; j++) {
@@ -104,92 +87,58 @@ inline void narrow_encode(const uint8_t* exact, size_t length, size_t numel, int
             *codes++ = static_cast<uint8_t>((numbers[j] & 15) | (numbers[j + 1] & 15) << 4);
         }
     }
-    for (; count > 0; count -= 8, held >>= 8) {
-        *lower++ = static_cast<uint8_t>(held);
-    }
+    positions.finish();
 }
 
-// What is wrong with a payload.
-constexpr int NARROW_MISCOUNTED = 1;  // another length, or another number of positions, than of its entries
-constexpr int NARROW_UNORDERED = 2;   // positions do not ascend, or are past the end
-constexpr int NARROW_NUMBERS = 3;     // steps that are not finite or below 0, or numbers of steps that are none
-
-// Eight bytes, of which those from `end` on are 0.
-inline uint64_t load_word(const uint8_t* p, const uint8_t* end) {
-    uint64_t word = 0;
-    const size_t left = p < end ? static_cast<size_t>(end - p) : 0;
-    std::memcpy(&word, p, left < sizeof word ? left : sizeof word);
-    return word;
-}
+// What is wrong with a payload, besides its positions.
+constexpr int NARROW_NUMBERS = 3;  // steps that are not finite or below 0, or numbers of steps that are none
 
 // Where reading has come to in the payload of one rank.
 struct NarrowReader {
-    const uint8_t *steps, *upper, *lower, *codes, *end;
-    size_t entries, next, words;  // of all entries, of those that were read, of the words of upper bits
-    uint64_t word;                // upper bits that are left of the last of these words
-    int low;
-    int32_t previous, largest;  // the position before, in its chunk; of all values, as bits
+    PositionReader positions;
+    const uint8_t *steps, *codes;
+    int32_t largest;  // of all values, as bits
     float step;
 
     // Returns what is wrong, or 0.
     int open(const uint8_t* payload, size_t length, size_t numel, int bits) {
         uint32_t count;
         if (length < NARROW_HEAD || (std::memcpy(&count, payload, 4), count > numel)) {
-            return NARROW_MISCOUNTED;
+            return POSITIONS_MISCOUNTED;
         }
         const NarrowLayout at(numel, count, bits);
         if (length != at.length) {
-            return NARROW_MISCOUNTED;
+            return POSITIONS_MISCOUNTED;
         }
-        *this = {payload + NARROW_HEAD, payload + at.upper, payload + at.lower, payload + at.codes, payload + length,
-                 count, 0, 0, 0, at.low, -1, 0, 0};
-        size_t ones = 0;
-        for (const uint8_t* p = upper; p < lower; p += 8) {
-            ones += static_cast<size_t>(__builtin_popcountll(load_word(p, lower)));
-        }
-        return ones == count ? 0 : NARROW_MISCOUNTED;
+        steps = payload + NARROW_HEAD;
+        codes = payload + at.codes;
+        largest = 0;
+        step = 0;
+        return positions.open(at.positions, count, payload + at.upper, payload + length);
     }
 
     // Calls each(position, value) for the entries of a chunk from `begin` to before `stop`. Returns what is wrong, or 0.
     template <int BITS, class F> HC_INLINE int read_chunk(size_t begin, size_t stop, F each) {
-        const uint64_t mask = (uint64_t{1} << low) - 1;
-        NarrowReader at = *this;  // in registers
-        at.previous = -1;
-        int code = 0;
-        while (at.next < at.entries) {
-            while (at.word == 0) {
-                at.word = load_word(at.upper + 8 * at.words++, at.lower);
+        const uint8_t *const of_steps = steps, *const of_codes = codes;
+        float size = step;  // in registers, as the largest
+        int32_t most = largest;
+        const int code = positions.read(begin, stop, [&](size_t entry, size_t position) HC_INLINE {
+            if (entry % ENTRIES_A_STEP == 0) {
+                std::memcpy(&size, of_steps + entry / ENTRIES_A_STEP * 4, 4);
             }
-            const size_t bit = 64 * (at.words - 1) + static_cast<size_t>(__builtin_ctzll(at.word));
-            const size_t low_bit = at.next * static_cast<size_t>(at.low);
-            const uint64_t lows = load_word(at.lower + low_bit / 8, at.end) >> low_bit % 8 & mask;
-            const size_t position = (bit - at.next) << at.low | lows;
-            if (position >= stop) {
-                break;
+            const int number = BITS == 8 ? static_cast<int8_t>(of_codes[entry])
+                                         : static_cast<int8_t>(of_codes[entry / 2] << (entry % 2 ? 0 : 4)) >> 4;
+            if (number < -narrow_levels(BITS) || !(size >= 0) || as_int(size) >= INFINITY_BITS) {
+                return NARROW_NUMBERS;
             }
-            // In the chunk before what is no larger than the last of it was not read; its places start anew here.
-            if (position < begin || static_cast<int32_t>(position - begin) <= at.previous) {
-                code = NARROW_UNORDERED;
-                break;
-            }
-            at.previous = static_cast<int32_t>(position - begin);
-            at.word &= at.word - 1;
-            if (at.next % ENTRIES_A_STEP == 0) {
-                std::memcpy(&at.step, at.steps + at.next / ENTRIES_A_STEP * 4, 4);
-            }
-            const int number = BITS == 8 ? static_cast<int8_t>(at.codes[at.next])
-                                         : static_cast<int8_t>(at.codes[at.next / 2] << (at.next % 2 ? 0 : 4)) >> 4;
-            if (number < -narrow_levels(BITS) || !(at.step >= 0) || as_int(at.step) >= INFINITY_BITS) {
-                code = NARROW_NUMBERS;
-                break;
-            }
-            const float value = static_cast<float>(number) * at.step;
+            const float value = static_cast<float>(number) * size;
             const int32_t magnitude = as_int(value) & INT32_MAX;
-            at.largest = magnitude > at.largest ? magnitude : at.largest;
-            at.next++;
+            most = magnitude > most ? magnitude : most;
             each(position, value);
-        }
-        *this = at;
+            return 0;
+        });
+        step = size;
+        largest = most;
         return code;
     }
 };
@@ -200,8 +149,8 @@ int64_t narrow_decode_as(
     const uint8_t* payload, size_t length, size_t numel, float* values, int64_t* positions, size_t capacity) {
     NarrowReader reader;
     int code = reader.open(payload, length, numel, BITS);
-    if (code || reader.entries > capacity) {
-        return -(code ? code : NARROW_MISCOUNTED);
+    if (code || reader.positions.entries > capacity) {
+        return -(code ? code : POSITIONS_MISCOUNTED);
     }
     for (size_t begin = 0; !code && begin < numel; begin += SPARSE_CHUNK) {
         code = reader.read_chunk<BITS>(begin, chunk_end(begin, numel), [&](size_t position, float value) HC_INLINE {
@@ -209,7 +158,8 @@ int64_t narrow_decode_as(
             *values++ = value;
         });
     }
-    return code ? -code : reader.next < reader.entries ? -NARROW_UNORDERED : static_cast<int64_t>(reader.entries);
+    const PositionReader& read = reader.positions;
+    return code ? -code : read.next < read.entries ? -POSITIONS_UNORDERED : static_cast<int64_t>(read.entries);
 }
 
 inline size_t narrow_sum_scratch_bytes(int ranks) {
@@ -245,8 +195,8 @@ int narrow_sum_as(
     fence();
     float total = 0;  // rounded as the sum is, hence never less
     for (int r = 0; r < bad; r++) {
-        if (readers[r].next < readers[r].entries) {
-            return -(ERROR_CODES * r + NARROW_UNORDERED);
+        if (readers[r].positions.next < readers[r].positions.entries) {
+            return -(ERROR_CODES * r + POSITIONS_UNORDERED);
         }
         total += as_float(readers[r].largest);
     }
