@@ -79,7 +79,7 @@ class Routing:
         spans = tuple(self._spans[slot.parameter.index] for slot in slots)
         owners, place = slots[0].step.size, slots[0].step.rank
         if hierarchical:
-            owners, place = self._nodes.ranks_per_node, self._nodes.place(place)[1]
+            owners, place = self._nodes.ranks_per_node, self._nodes.place(place).place
         mine = regions(spans, codec.alignment, owners)[place]
         return {(slots[piece.part].name, piece.start, piece.numel) for piece in mine}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import messages
-from ..compressors import Slot
+from ..compressors import Slot, Step
 from ..compressors.codec import Codec, Common
 from ..compressors.gradients import flat32
 from ..memory import owned_key
@@ -66,14 +66,11 @@ class _Exchange:
 
     def __init__(self, topology: Hierarchical, parts: Sequence[Part]) -> None:
         self._topology, self._parts = topology, parts
-        nodes, slot = topology.nodes, parts[0].slot
-        self._rank, self._size = slot.step.rank, slot.step.size
-        self._node, self._place = nodes.place(slot.step.rank)
-        self._step = dataclasses.replace(slot.step, rank=self._node, size=len(nodes.members))
-        self._mates, self._counterparts = nodes.mates(slot.step.rank), nodes.counterparts(slot.step.rank)
+        nodes, self._step = topology.nodes, parts[0].slot.step
+        self._at = nodes.place(self._step.rank)
         self._owned = regions(tuple(part.span for part in parts), topology.alignment, nodes.ranks_per_node)
         told = [(part.slot.parameter.index, part.span) for part in parts]
-        self._known = messages.context((topology.codec.algorithm, slot.step.number, told))
+        self._known = messages.context((topology.codec.algorithm, self._step.number, told))
         self._flats = [flat32(part.gradient).cpu() for part in parts]
         self.uncounted = [0] * len(parts)
 
@@ -83,40 +80,40 @@ class _Exchange:
         """For each rank its pieces of this rank's gradients."""
         return self._addressed(
             (mate, self._packed(_TO_OWNER, mate, self._values(pieces)))
-            for mate, pieces in zip(self._mates, self._owned)
+            for mate, pieces in zip(self._at.mates, self._owned)
         )
 
     def added_in_node(self, incoming: Sequence[Tensor]) -> list[Part]:
         """The node's sums of the pieces that this rank owns, added in the order of its ranks."""
-        pieces = self._owned[self._place]
+        pieces = self._owned[self._at.place]
         totals: list[Tensor] = []
-        for mate in self._mates:
-            if mate == self._rank:
+        for mate in self._at.mates:
+            if mate == self._step.rank:
                 values = self._values(pieces)
             else:
                 values = [self._there(value) for value in self._unpacked(_TO_OWNER, mate, pieces, incoming[mate])]
             totals = [total.add_(value) for total, value in zip(totals, values)] or [v.clone() for v in values]
-        return [Part(self._slot_of(self._parts[p.part], p), total) for p, total in zip(pieces, totals)]
+        step = dataclasses.replace(self._step, rank=self._at.node, size=len(self._topology.nodes.members))
+        return [Part(self._slot_of(self._parts[p.part], p, step), total) for p, total in zip(pieces, totals)]
 
     def _values(self, pieces: Sequence[Piece]) -> list[Tensor]:
         return [self._flats[piece.part][piece.start : piece.stop] for piece in pieces]
 
     def for_mates(self, totals: Sequence[Tensor | None]) -> list[list[Tensor]]:
-        return self._addressed((mate, self._packed(_TO_MATES, self._rank, totals)) for mate in self._mates)
+        return self._addressed((mate, self._packed(_TO_MATES, self._step.rank, totals)) for mate in self._at.mates)
 
     def joined(self, everyone: Sequence[Tensor], mine: Sequence[Tensor | None]) -> list[Total | None]:
         """The sums of whole gradients, divided; None for one that is not finite on some rank."""
         outs = [part.slot.room_for_sum(part.gradient) for part in self._parts]
-        divisor = self._parts[0].slot.step.divisor
         finite = [True] * len(outs)
-        for mate, pieces in zip(self._mates, self._owned):
-            own = mate == self._rank
+        for mate, pieces in zip(self._at.mates, self._owned):
+            own = mate == self._step.rank
             totals = mine if own else self._unpacked(_TO_MATES, mate, pieces, everyone[mate])
             for piece, total in zip(pieces, totals):
                 finite[piece.part] &= total is not None
                 if total is not None:
                     outs[piece.part][piece.start : piece.stop].copy_(total)
-        return [Total(out, divisor) if there else None for out, there in zip(outs, finite)]
+        return [Total(out, self._step.divisor) if there else None for out, there in zip(outs, finite)]
 
     # Between nodes
 
@@ -127,7 +124,7 @@ class _Exchange:
         if not asks:
             return [None] * len(mine)
         most = [0.0] * len(self._parts)
-        pieces = self._owned[self._place]
+        pieces = self._owned[self._at.place]
         for piece, value in zip(pieces, own):
             most[piece.part] = max(most[piece.part], value)
         largest = yield from largest_of_all(most)
@@ -135,21 +132,21 @@ class _Exchange:
 
     def shares(self, frames: Sequence[Tensor]) -> list[int]:
         shares = [0] * len(self._parts)
-        for piece, frame in zip(self._owned[self._place], frames):
+        for piece, frame in zip(self._owned[self._at.place], frames):
             shares[piece.part] += frame.numel()
         return shares
 
     def for_counterparts(self, frames: Sequence[Tensor]) -> list[list[Tensor]]:
-        others = set(self._counterparts) - {self._rank}
-        return [list(frames) if rank in others else [] for rank in range(self._size)]
+        others = set(self._at.counterparts) - {self._step.rank}
+        return [list(frames) if rank in others else [] for rank in range(self._step.size)]
 
     def of_counterparts(self, answers: Sequence[Tensor], frames: Sequence[Tensor]) -> list[Tensor]:
         """By node."""
         own = torch.cat(list(frames))
-        return [own if rank == self._rank else answers[rank] for rank in self._counterparts]
+        return [own if rank == self._step.rank else answers[rank] for rank in self._at.counterparts]
 
-    def _slot_of(self, part: Part, piece: Piece) -> Slot:
-        """That of a piece, as of a parameter among as many ranks as there are nodes."""
+    def _slot_of(self, part: Part, piece: Piece, step: Step) -> Slot:
+        """That of a piece, as of a parameter among as many ranks as there are nodes, which are those of `step`."""
         of, pieces = part.slot, self._topology.pieces
         whole = of.parameter
         slot = pieces.get((whole.index, piece.start))
@@ -158,17 +155,17 @@ class _Exchange:
                 whole,
                 name=owned_key(whole.name, piece.start),
                 shape=torch.Size([piece.numel]),
-                seed=whole.seed + self._place,  # each place draws numbers of its own
+                seed=whole.seed + self._at.place,  # each place draws numbers of its own
             )
             slot = pieces[whole.index, piece.start] = Slot(parameter, memory=of.memory)
-        slot.step, slot.rate = self._step, of.rate
+        slot.step, slot.rate = step, of.rate
         return slot
 
     def _addressed(self, to: Iterator[tuple[int, Tensor]]) -> list[list[Tensor]]:
         """By destination; what is for this rank itself is left out."""
-        addressed: list[list[Tensor]] = [[] for _ in range(self._size)]
+        addressed: list[list[Tensor]] = [[] for _ in range(self._step.size)]
         for rank, message in to:
-            if rank != self._rank:
+            if rank != self._step.rank:
                 addressed[rank].append(message)
         return addressed
 
@@ -178,12 +175,12 @@ class _Exchange:
         return values
 
     def _packed(self, way: str, owner: int, values: Sequence[Tensor | None]) -> Tensor:
-        known = messages.context(self._known, way, self._rank, owner)
+        known = messages.context(self._known, way, self._step.rank, owner)
         payloads = [None if value is None else value.contiguous().view(torch.uint8) for value in values]
         return messages.pack(known, payloads, varying=False)
 
     def _unpacked(self, way: str, peer: int, pieces: Sequence[Piece], message: Tensor) -> list[Tensor | None]:
-        owner = self._rank if way == _TO_OWNER else peer
+        owner = self._step.rank if way == _TO_OWNER else peer
         known = messages.context(self._known, way, peer, owner)
         names = ", ".join(dict.fromkeys(self._parts[piece.part].slot.name for piece in pieces))
         lengths = [4 * piece.numel for piece in pieces]

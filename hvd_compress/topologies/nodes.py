@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a rank is among nodes."""
+
+    node: int  # its number
+    place: int  # in the node
+    mates: tuple[int, ...]  # the ranks of its node, itself included
+    counterparts: tuple[int, ...]  # the ranks at its place on all nodes, itself included
 
 
 @dataclass(frozen=True)
@@ -36,16 +46,7 @@ class Nodes:
     def ranks_per_node(self) -> int:
         return len(self.members[0])
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """The number of its node, and its place there."""
+    def place(self, rank: int) -> Place:
         node = next(number for number, ranks in enumerate(self.members) if rank in ranks)
-        return node, self.members[node].index(rank)
-
-    def mates(self, rank: int) -> tuple[int, ...]:
-        """The ranks of its node, itself included."""
-        return self.members[self.place(rank)[0]]
-
-    def counterparts(self, rank: int) -> tuple[int, ...]:
-        """The ranks at its place on all nodes, itself included."""
-        place = self.place(rank)[1]
-        return tuple(ranks[place] for ranks in self.members)
+        place = self.members[node].index(rank)
+        return Place(node, place, self.members[node], tuple(ranks[place] for ranks in self.members))
