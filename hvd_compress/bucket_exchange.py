@@ -1,4 +1,4 @@
-"""Exchanges the gradients of DistributedDataParallel's buckets, and follows the steps that are made by them.
+"""Exchanges the gradients of DistributedDataParallel's buckets.
 
 DDP calls its hook for one bucket after the other, in the same order on every rank, and rebuilds its buckets after the
 first step: state stays by parameter. Exchanges start when a bucket comes, and run in a thread during backward; the call
@@ -7,23 +7,18 @@ for the last bucket of a pass finishes them all, so that gradients are whole whe
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .binding import real
-from .calls import callers
 from .engine import Ticket
+from .followed_steps import FollowedSteps
 from .gradient_compression import GradientCompression
-from .step_check import advise
 from .transports.base import Transport
-
-_CALLERS = 12  # a GradScaler calls an optimizer's step, and that its hooks, through a few wrappers
 
 
 @dataclass
@@ -50,12 +45,7 @@ class BucketExchange:
         self._compression = weakref.ref(compression)  # which DDP holds
         self._transport = transport
         self._buckets: list[_Bucket] = []  # of the pass under way
-        self._sees_steps = False  # of an optimizer that has some of the parameters
-        self._stepped = False  # since the gradients were finished last
-        self._gone = False  # and since then gradients were thrown away
-        self._watched: tuple[Tensor | None, Any] = None, None
-        self._scaler: weakref.ref[Any] | None = None
-        self._checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self.steps = FollowedSteps(compression)
 
     @property
     def compression(self) -> GradientCompression:
@@ -92,7 +82,7 @@ class BucketExchange:
                     "this compression is the state of the hooks of two models whose backward passes overlap: make one "
                     "for each, bound to its own parameters"
                 )
-            self._begin(parameters[0])
+            self.steps.begin(parameters[0])
         self._buckets.append(started)
         indices = [self._index(parameter) for parameter in parameters]
         for index, gradient in zip(indices, _gradients(bucket)):
@@ -123,68 +113,7 @@ class BucketExchange:
                 elif total.data_ptr() != running.gradient.data_ptr():
                     running.gradient.copy_(total)
             bucket.future.set_result(result)
-        self._stepped = self._gone = False
-
-    # Steps
-
-    def _begin(self, first: Tensor) -> None:
-        """A pass begins: residuals follow the last one, unless its gradients were thrown away.
-
-        Gradients that stay, and are added to, are handed in once more with what comes now: they did count.
-        """
-        compression = self.compression
-        if self._gone and self._sees_steps and not self._stepped:
-            compression.discard()
-        if self._scaler is not None and (scaler := self._scaler()) is not None:
-            compression.loss_scale = scaler.get_scale()
-        self._watch(first)
-
-    def _watch(self, parameter: Tensor) -> None:
-        """See whether gradients stand there still when new ones come: of one parameter, in the place of all."""
-        watched, handle = self._watched
-        if watched is parameter:
-            return
-        if handle is not None:
-            handle.remove()
-        mine = weakref.ref(self)
-
-        def look(_: Tensor) -> None:
-            if (exchange := mine()) is not None:
-                exchange._look()
-
-        self._watched = parameter, parameter.register_hook(look)
-
-    def _look(self) -> None:
-        assert self._watched[0] is not None
-        gradient = self._watched[0].grad
-        self._gone |= gradient is None or not gradient.any()
-
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called for every optimizer; raises ValueError for one that the compression cannot serve."""
-        if optimizer in self._checked or not self._serves(optimizer):
-            return
-        if conflict := self.compression.compressor.conflict(optimizer):
-            raise ValueError(conflict)
-        if self.compression.size > 1:
-            advise(optimizer, self.compression.compressor, self.compression.rank)
-        self._checked.add(optimizer)
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called for every optimizer: whether it has applied the gradients, and by which GradScaler."""
-        if not self._serves(optimizer):
-            return
-        self._sees_steps = self._stepped = True
-        scaler: Any = next(filter(_is_scaler, itertools.islice(callers(), _CALLERS)), None)
-        if scaler is not None and (self._scaler is None or self._scaler() is not scaler):
-            self._scaler = weakref.ref(scaler)
-            self.compression.loss_scale = scaler.get_scale()  # what these gradients were multiplied by
-
-    def _serves(self, optimizer: torch.optim.Optimizer) -> bool:
-        compression = self._compression()
-        if compression is None:
-            return False
-        known = compression.binding.index_of
-        return any(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"])
+        self.steps.finished()
 
 
 def _gradients(bucket: dist.GradBucket) -> list[Tensor]:
@@ -203,7 +132,3 @@ def _gradients(bucket: dist.GradBucket) -> list[Tensor]:
 def _is_dense(parameter: Tensor) -> bool:
     """Whether its elements fill its memory, in whatever order: a new tensor like it has the same strides then."""
     return torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-
-
-def _is_scaler(caller: object) -> bool:
-    return hasattr(caller, "unscale_") and hasattr(caller, "get_scale")

@@ -96,11 +96,11 @@ def _watch_optimizers() -> None:
 
     def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for exchange in list(_exchanges.values()):
-            exchange.before_step(optimizer)
+            exchange.steps.before(optimizer)
 
     def after(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for exchange in list(_exchanges.values()):
-            exchange.after_step(optimizer)
+            exchange.steps.after(optimizer)
 
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)

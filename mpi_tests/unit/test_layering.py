@@ -30,7 +30,7 @@ LAYERS = [
     {"hvd_compress"},
     {"compression", "ddp", "mpi", "local", "elastic", "optim", "activations"},
     {"mpi_optimizer", "bucket_exchange", "local_steps"},
-    {"gradient_exchange"},
+    {"gradient_exchange", "followed_steps"},
     {"gradient_compression"},
     {"horovod_hooks"},
     {"session"},
