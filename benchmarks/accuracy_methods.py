@@ -121,7 +121,7 @@ Make = Callable[[Setting], GradientCompression]
 _ADAPTIVE_WINDOW = 10
 _BETAS = (0.9, 0.999)
 _WEIGHT_DECAY = 0.01  # of AdamW
-_OF_ADAM = ("onebit_adam",)
+_OF_ADAM = ("onebit_adam", "zero_one_adam")
 _OF_SGD = ("dgc", "acdc", "gap")  # tried with the momentum of SGD alone, or having it themselves
 # Percent of the steps. The published schedules are of 100 epochs and more; their phases, of a twentieth and less of so
 # short a training, leave the sparse model no time to recover.
@@ -167,6 +167,9 @@ METHODS: dict[str, Make] = {
     "topk_4_bits": lambda s: Compression.topk(s.named, density=0.01, value_bits=4),
     "onebit": lambda s: Compression.onebit(s.named),
     "onebit_adam": lambda s: Compression.onebit(s.named, momentum=_BETAS[0], warmup_steps=s.steps // 10),
+    "zero_one_adam": lambda s: Compression.onebit(
+        s.named, momentum=_BETAS[0], warmup_steps=s.steps // 50, variance_update_scaler=max(s.steps // 100, 1)
+    ),
     "powersgd": lambda s: Compression.powersgd(s.named, approximation_rank=4, seed=s.seed),
     "scalecom": lambda s: Compression.scalecom(s.named, density=0.01),
     "scalecom_8_bits": lambda s: Compression.scalecom(s.named, density=0.01, value_bits=8),
@@ -213,7 +216,7 @@ def optimizer_of(method: str, setting: Setting, compression: GradientCompression
     """The task's; DGC has its momentum, and its clipping, in the compressor."""
     parameters, lr = [p for _, p in setting.named], setting.task.lr
     decay = _WEIGHT_DECAY if setting.task.optimizer == "adamw" else 0.0
-    if method == "onebit_adam":
+    if method in _OF_ADAM:
         return OneBitAdam(parameters, lr, _BETAS, weight_decay=decay, compression=compression)
     if setting.task.optimizer.startswith("adam"):
         return torch.optim.AdamW(parameters, lr, _BETAS, weight_decay=decay)  # without decay, it is Adam

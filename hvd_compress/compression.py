@@ -181,18 +181,23 @@ class Compression:
         *,
         momentum: float = 0.0,
         warmup_steps: int = 0,
+        variance_update_scaler: int = 0,
         bucket_size: int = 256,
         **options: Any,
     ) -> GradientCompression:
         """One bit an element, its sign, with error feedback (EF-signSGD, Karimireddy et al., ICML 2019); and the first
-        moment of 1-bit Adam, for optim.OneBitAdam (Tang et al., ICML 2021).
+        moment of 1-bit Adam, for optim.OneBitAdam (Tang et al., ICML 2021), with 0/1 Adam's rule for the second one
+        (Lu et al., ICLR 2023).
 
         momentum: betas[0] of optim.OneBitAdam, which takes what comes out for its first moment; 0 for gradients, for
             any optimizer.
         warmup_steps: so many gradients travel as they are first; for OneBitAdam 10 to 20 % of the training.
+        variance_update_scaler: after the warm-up gradients still travel as they are in some steps, so many in turn, then
+            as many in every second step, in every fourth, and so on; OneBitAdam goes on with its second moment in
+            these. 0 for none.
         bucket_size: elements that share a mean magnitude, a multiple of 256.
         """
-        compressor = OneBitCompressor(momentum=momentum, warmup_steps=warmup_steps, bucket_size=bucket_size)
+        compressor = OneBitCompressor(momentum, warmup_steps, variance_update_scaler, bucket_size)
         return _bound(compressor, named_parameters, options)
 
     @staticmethod

@@ -21,9 +21,10 @@ class OneBitAdam(ByParameter):
 
     While `compression` warms up, and for parameters that it does not compress, this is torch.optim.AdamW. After that a
     compressed parameter's `grad` is the mean of the ranks' first moments, and its second moment stays what the warm-up
-    has made of it. No step of theirs is larger than lr: an element far smaller than others of its bucket would else be
-    moved by signs that stand for these. What had no gradient in all of the warm-up, such as the embedding of a rare
-    word, has no second moment to divide by, and stays as it is.
+    has made of it; or, with a `variance_update_scaler`, goes on in the steps in which gradients travel as they are, as
+    that of 0/1 Adam (Lu et al., ICLR 2023, arXiv 2202.06009). No step of theirs is larger than lr: an element far
+    smaller than others of its bucket would else be moved by signs that stand for these. What had no gradient so far,
+    such as the embedding of a rare word, has no second moment to divide by, and stays as it is.
 
     params: as of any optimizer.
     lr, betas, eps, weight_decay: as of torch.optim.AdamW.
@@ -79,10 +80,11 @@ class OneBitAdam(ByParameter):
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         root = (state["exp_avg_sq"] / (1 - second ** max(state["exp_avg_sq_step"].item(), 1.0))).sqrt_()
-        if momentum:
+        has_signs = bool(state["exp_avg_sq_step"] < state["step"])  # in the first moment
+        if has_signs:
             root.masked_fill_(root == 0, math.inf)
         ratio = (state["exp_avg"] / (1 - first ** state["step"].item())).div_(root.add_(group["eps"]))
-        if momentum:
+        if has_signs:
             ratio.clamp_(-1, 1)
         parameter.add_(ratio, alpha=-float(group["lr"]))
 
@@ -116,7 +118,7 @@ def _mismatch(group: dict[str, Any]) -> str | None:
         first = group["betas"][0]
         if compressor.momentum != first:
             return f"betas[0] is {first}, and the compression's momentum is {compressor.momentum}: give both the same"
-        if not compressor.warmup_steps:
+        if not (compressor.warmup_steps or compressor.variance_update_scaler):
             return "without warmup_steps= there is no second moment to divide by: give the compression at least 1"
     known = compression.binding.index_of
     if any(id(parameter) not in known for parameter in group["params"]):

@@ -2,7 +2,8 @@
 
 Signs with the mean magnitude of their bucket are EF-signSGD (Karimireddy et al., ICML 2019, arXiv 1901.09847) and its
 form with workers and servers (Zheng et al., NeurIPS 2019, arXiv 1905.10936). 1-bit Adam (Tang et al., ICML 2021, arXiv
-2102.02888) sends its first moment so, after some steps as usual, in which the second moment settles.
+2102.02888) sends its first moment so, after some steps as usual, in which the second moment settles. 0/1 Adam (Lu et
+al., ICLR 2023, arXiv 2202.06009) goes on with such steps, ever more rarely.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ class OneBitCompressor(ScatterCodec):
 
     momentum: in [0, 1); 0 for none.
     warmup_steps: so many gradients travel as they are first, and come out as they are.
+    variance_update_scaler: after them some still do, for the second moment: at first each, then, whenever there were so
+        many, half as often; 0 for none.
     bucket_size: elements that share a mean magnitude, a multiple of 256.
     """
 
     momentum: float = 0.0
     warmup_steps: int = 0
+    variance_update_scaler: int = 0
     bucket_size: int = 256
 
     algorithm = 13
@@ -50,12 +54,27 @@ class OneBitCompressor(ScatterCodec):
             raise ValueError(f"momentum must be in [0, 1): {self.momentum}")
         if not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be a whole number, at least 0: {self.warmup_steps!r}")
+        if not isinstance(self.variance_update_scaler, int) or self.variance_update_scaler < 0:
+            raise ValueError(
+                f"variance_update_scaler must be a whole number, at least 0: {self.variance_update_scaler!r}"
+            )
         block = kernels.QUANTISED_BLOCK
         if not isinstance(self.bucket_size, int) or self.bucket_size < block or self.bucket_size % block:
             raise ValueError(f"bucket_size must be a positive multiple of {block}: {self.bucket_size!r}")
 
+    def as_it_is(self, step: int) -> bool:
+        """Whether gradients travel as they are in this step.
+
+        With the scaler k after W steps of warm-up those are T_v of 0/1 Adam: t_0 = W, t_(j+1) = t_j + 2**floor(j / k).
+        """
+        after, k = step - self.warmup_steps, self.variance_update_scaler
+        if after < 0 or not k:
+            return after < 0
+        interval = 1 << (after // k + 1).bit_length() - 1  # which began k * (interval - 1) steps after the warm-up
+        return (after - k * (interval - 1)) % interval == 0
+
     def grouped(self, slot: Slot) -> bool:
-        return slot.step.number >= self.warmup_steps and self._saves(slot)
+        return not self.as_it_is(slot.step.number) and self._saves(slot)
 
     @property
     def keeps_momentum(self) -> bool:
@@ -69,7 +88,7 @@ class OneBitCompressor(ScatterCodec):
         return self.keeps_momentum and self.grouped(slot)
 
     def exchange(self, slot: Slot, gradient: Tensor) -> Exchange:
-        """As it is, in the warm-up or where that is less."""
+        """As it is, where the second moment is to see it, or where that is less."""
         if self.grouped(slot):
             return (yield from super().exchange(slot, gradient))
         total: Tensor = yield Allreduce(flat32(gradient), last=True)

@@ -74,6 +74,21 @@ def test_with_momentum_comes_out_the_first_moment():
     assert 0 < kept.norm() < due.norm()
 
 
+def test_the_second_moment_is_updated_ever_more_rarely():
+    """0/1 Adam's T_v by its recursion: t_(j+1) = t_j + 2**floor(j / k), here after a warm-up of 3 steps."""
+    for k in (1, 2, 3, 16):
+        steps, t = set(range(3)), 3
+        for j in range(200):
+            if t > 3000:
+                break
+            steps.add(t)
+            t += 2 ** (j // k)
+        compressor = OneBitCompressor(momentum=0.9, warmup_steps=3, variance_update_scaler=k)
+        assert {step for step in range(3000) if compressor.as_it_is(step)} == {step for step in steps if step < 3000}
+    compressor = OneBitCompressor(momentum=0.9, variance_update_scaler=2)
+    assert [step for step in range(25) if compressor.as_it_is(step)] == [0, 1, 2, 4, 6, 10, 14, 22]
+
+
 TOPOLOGIES = {
     "gather": {"topology": "gather"},
     "scatter": {"topology": "scatter"},
@@ -128,7 +143,8 @@ def test_momentum_is_refused_where_nodes_add_up_and_under_masks():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"momentum": 1.0}, "momentum"), ({"warmup_steps": -1}, "warmup_steps"), ({"bucket_size": 300}, "bucket_size")],
+    [({"momentum": 1.0}, "momentum"), ({"warmup_steps": -1}, "warmup_steps"), ({"bucket_size": 300}, "bucket_size"),
+     ({"variance_update_scaler": -1}, "variance_update_scaler"), ({"variance_update_scaler": 1.5}, "variance_update_scaler")],
 )
 def test_options_that_cannot_work_are_errors(options, named):
     with pytest.raises(ValueError, match=named):
@@ -223,6 +239,27 @@ def test_a_step_gives_the_worked_numbers():
     assert torch.allclose(weight, torch.full((32, 32), -sum(steps)), rtol=1e-4)
 
 
+def test_a_second_moment_that_goes_on_gives_the_worked_numbers():
+    """As above; the steps 0, 1, 2 and 4 are those in which it sees the gradient, the first moment all."""
+    weight = nn.Parameter(torch.zeros(32, 32))
+    make = [Compression.onebit([("w", weight)], momentum=0.9, variance_update_scaler=2, min_numel=1) for _ in range(2)]
+    ranks = LocalRanks(make)
+    optimizer = OneBitAdam([weight], lr=0.1, compression=make[0])
+    first, second, count, where = 0.0, 0.0, 0, 0.0
+    for step, gradient in enumerate((2.0, 1.0, -1.0, 0.5, 1.5, -2.0)):
+        known = {"w": torch.full((32, 32), gradient)}
+        assert make[0].gives_momentum(weight) == (step in (3, 5))
+        weight.grad = ranks.exchange([known, known])[0]["w"]
+        optimizer.step()
+        first = 0.9 * first + 0.1 * gradient
+        if step not in (3, 5):
+            second, count = 0.999 * second + 0.001 * gradient**2, count + 1
+        ratio = first / (1 - 0.9 ** (step + 1)) / (math.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        where -= 0.1 * (ratio if step < 3 else max(-1.0, min(1.0, ratio)))
+        assert torch.allclose(weight, torch.full((32, 32), where), rtol=1e-4)
+    assert optimizer.state[weight]["exp_avg_sq_step"] == 4
+
+
 def test_no_step_is_larger_than_the_rate():
     """Of elements far smaller than others of their bucket, signs say as much as of these."""
     weight = nn.Parameter(torch.zeros(32, 32))
@@ -294,6 +331,12 @@ def test_a_group_that_the_compression_does_not_know_is_not_added():
     with pytest.raises(ValueError, match="does not know all parameters"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_second_moment_that_goes_on_needs_no_warm_up():
+    net = model()
+    compression = Compression.onebit(net.named_parameters(), momentum=0.9, variance_update_scaler=4)
+    OneBitAdam(net.parameters(), compression=compression)
 
 
 def test_other_optimizers_are_refused_and_the_right_one_is_not():
