@@ -192,9 +192,9 @@ class Compression:
         momentum: betas[0] of optim.OneBitAdam, which takes what comes out for its first moment; 0 for gradients, for
             any optimizer.
         warmup_steps: so many gradients travel as they are first; for OneBitAdam 10 to 20 % of the training.
-        variance_update_scaler: after the warm-up gradients still travel as they are in some steps, so many in turn, then
-            as many in every second step, in every fourth, and so on; OneBitAdam goes on with its second moment in
-            these. 0 for none.
+        variance_update_scaler: after the warm-up gradients still travel as they are in some steps, so many in turn,
+            then as many in every second step, in every fourth, and so on; OneBitAdam goes on with its second moment
+            in these. 0 for none.
         bucket_size: elements that share a mean magnitude, a multiple of 256.
         """
         compressor = OneBitCompressor(momentum, warmup_steps, variance_update_scaler, bucket_size)

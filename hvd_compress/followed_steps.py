@@ -1,4 +1,4 @@
-"""What becomes of the gradients of DistributedDataParallel after backward: applied, by which GradScaler, or thrown away.
+"""What becomes of DistributedDataParallel's gradients after backward: applied, by which GradScaler, or thrown away.
 
 DDP's hook is not told of optimizers: all of them are looked at, as ddp.py registers it.
 """

@@ -66,7 +66,7 @@ def test_it_runs_where_there_is_no_compiler(wheel: Path, tmp_path: Path) -> None
     # torch and numpy come from the environment of the suite, the package itself must not.
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     (packages / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    nothing = {"PATH": str(where / "bin"), "CXX": "/nonexistent", "CC": "/nonexistent"}
+    nothing = {"PATH": str(where / "bin"), "PYTHONPATH": "", "CXX": "/nonexistent", "CC": "/nonexistent"}
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, **nothing)
     kernels, package = run(python, "-c", PROGRAM, **nothing).split()
     assert kernels in ("plain", "avx2")
