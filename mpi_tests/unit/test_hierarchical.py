@@ -11,6 +11,7 @@ from hvd_compress import Compression
 from hvd_compress.local import LocalRanks
 from hvd_compress.memory import OWNED, owner
 from hvd_compress.topologies import Nodes
+from hvd_compress.topologies.nodes import Place
 from hvd_compress.transports.local import LocalTransport
 from hvd_compress.wire import WireError
 
@@ -234,9 +235,7 @@ def test_ranks_per_node_is_for_this_topology_alone(options):
 def test_nodes_are_told_by_the_hosts_of_their_ranks():
     nodes = Nodes.on(["b", "a", "b", "a", "c", "c"])
     assert nodes.members == ((0, 2), (1, 3), (4, 5))
-    assert nodes.place(3) == (1, 1)
-    assert nodes.mates(3) == (1, 3)
-    assert nodes.counterparts(3) == (2, 3, 5)
+    assert nodes.place(3) == Place(node=1, place=1, mates=(1, 3), counterparts=(2, 3, 5))
     assert Nodes.of_so_many(4, 2).members == ((0, 1), (2, 3))
 
 
