@@ -5,9 +5,13 @@ from __future__ import annotations
 import faulthandler
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+
+from hvd_compress import kernels
+from hvd_compress.kernels import native
 
 torch.set_num_threads(1)
 
@@ -26,6 +30,17 @@ def stacks_of_a_hang() -> Iterator[None]:
     faulthandler.dump_traceback_later(_FILE_SECONDS, exit=True, file=_stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(params=[*native.LEVELS, "torch"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The kernels of each level that this processor has, in use for the test."""
+    before = kernels.in_use()
+    if kernels.use(request.param) != request.param:
+        kernels.use(before)
+        pytest.skip(f"no kernels of level {request.param}")
+    yield kernels.of(torch.empty(1))
+    kernels.use(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from hvd_compress import kernels
-from hvd_compress.kernels import native, reference
+from hvd_compress.kernels import reference
 from hvd_compress.kernels.narrow import narrow_bytes
 from hvd_compress.kernels.sparse import pack_sparse
 
 from .drive import bits, random
 
-LEVELS = [*native.LEVELS, "torch"]
 widths = pytest.mark.parametrize("width", [8, 4])
 NUMELS = (1, 2, 7, 64, 1000, 65_535, 65_536, 65_537, 150_000)
 HUGE = torch.finfo(torch.float32).max
@@ -30,16 +29,6 @@ FLAWS = {  # of the example: bytes, and what they become
     "a position past the end": {8: 0b10000101},
     "a number of steps that is none": {10: 0xE8},
 }
-
-
-@pytest.fixture(params=LEVELS)
-def kernel(request):
-    before = kernels.in_use()
-    if kernels.use(request.param) != request.param:
-        kernels.use(before)
-        pytest.skip(f"no kernels of level {request.param}")
-    yield kernels.of(torch.empty(1))
-    kernels.use(before)
 
 
 def entries(numel: int, count: int, seed: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 
-from hvd_compress import kernels
-from hvd_compress.kernels import native, reference
+from hvd_compress.kernels import reference
 from hvd_compress.kernels.positions import position_bytes
 
-LEVELS = [*native.LEVELS, "torch"]
 EXAMPLE = [0b01000101, 0b00011001]
 FLAWS = {  # of the example: bytes, and what they become
     "a position more": {0: 0b01000111},
@@ -20,16 +18,6 @@ FLAWS = {  # of the example: bytes, and what they become
     "positions that descend": {0: 0b01000011, 1: 0b00010110},
     "a position past the end": {0: 0b10000101},
 }
-
-
-@pytest.fixture(params=LEVELS)
-def kernel(request):
-    before = kernels.in_use()
-    if kernels.use(request.param) != request.param:
-        kernels.use(before)
-        pytest.skip(f"no kernels of level {request.param}")
-    yield kernels.of(torch.empty(1))
-    kernels.use(before)
 
 
 def some(numel: int, count: int, seed: int = 0) -> torch.Tensor:
