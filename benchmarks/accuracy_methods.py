@@ -17,6 +17,7 @@ from hvd_compress import Compression, GradientCompression
 from hvd_compress.activations import CompressedActivations
 from hvd_compress.local_steps import Averaging, LocalSteps, Nesterov, Outer, SparseLoCo
 from hvd_compress.optim import OneBitAdam
+from hvd_compress.schedules import Steps
 from hvd_compress.training import ACDC, GaP, NovoGrad, Schedule, predicted_weights, prune_activation_gradients
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # after benchmarks, which has a report, too
@@ -121,7 +122,8 @@ Make = Callable[[Setting], GradientCompression]
 _ADAPTIVE_WINDOW = 10
 _BETAS = (0.9, 0.999)
 _WEIGHT_DECAY = 0.01  # of AdamW
-_OF_ADAM = ("onebit_adam", "zero_one_adam")
+_WITH_ONEBIT_ADAM = ("onebit_adam", "zero_one_adam")
+_OF_ADAM = (*_WITH_ONEBIT_ADAM, "dgc_adam")
 _OF_SGD = ("dgc", "acdc", "gap")  # tried with the momentum of SGD alone, or having it themselves
 # Percent of the steps. The published schedules are of 100 epochs and more; their phases, of a twentieth and less of so
 # short a training, leave the sparse model no time to recover.
@@ -132,6 +134,12 @@ def _dgc(setting: Setting) -> GradientCompression:
     # Warm-up at each of 1/4, 1/16, 1/64, 1/256 for a twentieth of the training: an epoch of the digits.
     warmup, clip = setting.steps // 20, setting.task.dgc_clip
     return Compression.dgc(setting.named, density=0.001, momentum=0.9, warmup=warmup, clip=clip)
+
+
+def _dgc_adam(setting: Setting) -> GradientCompression:
+    """Everything for a tenth of the training, and 1 % from there on."""
+    density = Steps((0, 1.0), (setting.steps // 10, 0.01))
+    return Compression.dgc(setting.named, density=density, momentum=_BETAS[0])
 
 
 def _lgreco(setting: Setting) -> GradientCompression:
@@ -175,6 +183,7 @@ METHODS: dict[str, Make] = {
     "scalecom_8_bits": lambda s: Compression.scalecom(s.named, density=0.01, value_bits=8),
     "scalecom_4_bits": lambda s: Compression.scalecom(s.named, density=0.01, value_bits=4),
     "dgc": _dgc,
+    "dgc_adam": _dgc_adam,
     "stochastic_pruning": lambda s: Compression.stochastic_pruning(s.named, rate=0.9, seed=s.seed),
     "lgreco": _lgreco,
     "accordion": _accordion,
@@ -216,10 +225,11 @@ def optimizer_of(method: str, setting: Setting, compression: GradientCompression
     """The task's; DGC has its momentum, and its clipping, in the compressor."""
     parameters, lr = [p for _, p in setting.named], setting.task.lr
     decay = _WEIGHT_DECAY if setting.task.optimizer == "adamw" else 0.0
-    if method in _OF_ADAM:
+    if method in _WITH_ONEBIT_ADAM:
         return OneBitAdam(parameters, lr, _BETAS, weight_decay=decay, compression=compression)
     if setting.task.optimizer.startswith("adam"):
-        return torch.optim.AdamW(parameters, lr, _BETAS, weight_decay=decay)  # without decay, it is Adam
+        betas = (0.0, _BETAS[1]) if method == "dgc_adam" else _BETAS  # the first moment is the compressor's then
+        return torch.optim.AdamW(parameters, lr, betas, weight_decay=decay)  # without decay, it is Adam
     if setting.task.optimizer == "novograd":
         return NovoGrad(parameters, lr)
     return torch.optim.SGD(parameters, lr, momentum=0.0 if method == "dgc" else 0.9)
@@ -238,7 +248,7 @@ def weights_of(method: str, optimizer: torch.optim.Optimizer) -> AbstractContext
 
 
 def clip_of(method: str, task: Task) -> float | None:
-    return None if method == "dgc" else task.clip
+    return None if method in ("dgc", "dgc_adam") else task.clip
 
 
 @contextmanager
