@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import uuid
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..requests import ReduceOp
 from .base import Pending, WatchedPending
 from .rooms import RoomTransport
+from .torch_groups import lease
 
 _LEAVERS = "leavers"  # in the store: how many ranks take part no longer
 
@@ -67,11 +69,11 @@ class TorchTransport(RoomTransport):
         self._world = dist.group.WORLD
         config = str(dist.get_backend_config(process_group))
         ranks = dist.get_process_group_ranks(process_group)
-        self.group, self._followers = (
-            dist.new_group(ranks, backend=config, use_local_synchronization=True) for _ in range(2)
-        )
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._device = _device(config)
+        self._lease = lease(ranks, config, self._device)
+        weakref.finalize(self, self._lease.end)  # what is under way holds this transport
+        self.group, self._followers = self._lease.groups
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._gone = False
         self._store: dist.Store | None = None
         # A name of its own: torchrun may keep the store, with all that is in it, when it restarts the ranks.
@@ -171,7 +173,7 @@ class TorchTransport(RoomTransport):
         self, start: Callable[[], Any], answer: Callable[[], Any], buffers: object, number: int | None = None
     ) -> Pending:
         with self.explained():
-            work = start()
+            work = self._lease.started(start())
         return _WorkPending(self, work, answer, buffers, number)
 
 

@@ -125,7 +125,7 @@ def test_inside_the_packages_modules_build_on_the_base_alone():
             for name in ("base", "codec", "entries", "footprint", "frames", "gradients", "slot", "qsgd")
         },
         "topologies": {f"hvd_compress.topologies.{name}" for name in ("base", "frames", "nodes", "regions", "scatter")},
-        "transports": {f"hvd_compress.transports.{name}" for name in ("base", "rooms")},
+        "transports": {f"hvd_compress.transports.{name}" for name in ("base", "rooms", "torch_groups")},
         # choice leads to native and reference, and these to what they share and to the packings
         "kernels": {
             f"hvd_compress.kernels.{name}"
