@@ -1,4 +1,7 @@
-"""The hook beside what DistributedDataParallel itself keeps: one hook a model, ignored parameters, logged data."""
+"""The hook beside what DistributedDataParallel itself keeps: one hook a model, ignored parameters, logged data; threads."""
+
+import gc
+import os
 
 import pytest
 import torch
@@ -40,6 +43,21 @@ def test_data_that_ddp_logs_name_the_hook(job: Job) -> None:
     model, _ = hooked(net, tenth)
     loss(model, job.rank, 0).backward()
     assert "hook" in model._get_ddp_logging_data()["comm_hook"]
+
+
+def test_compressions_that_have_ended_leave_no_threads_behind(several: Job) -> None:
+    """Those of a process group of Gloo's wake a hundred times a second, however long nobody uses it."""
+    threads = []
+    for _ in range(5):
+        net = mlp()
+        model, _ = hooked(net, tenth)
+        train(several, model, adamw(net), range(2))
+        ddp.attach(tenth(net.named_parameters()))  # beside it
+        del net, model, _
+        gc.collect()
+        several.allgather(None)  # all ranks have let go
+        threads.append(len(os.listdir("/proc/self/task")))
+    assert threads[2:] == threads[1:-1]
 
 
 def test_an_error_of_a_hook_around_ours_comes_out_of_backward(job: Job) -> None:
