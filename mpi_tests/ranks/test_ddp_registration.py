@@ -1,4 +1,4 @@
-"""The hook beside what DistributedDataParallel itself keeps: one hook a model, ignored parameters, logged data; threads."""
+"""The hook beside what DistributedDataParallel itself keeps: one hook a model, ignored parameters, logs; threads."""
 
 import gc
 import os
