@@ -108,8 +108,8 @@ class ScaleComCompressor(Compressor):
     def begin(self, slot: Slot, gradient: Tensor) -> Entries:
         """What has accumulated of a gradient, and what this rank would pick of it if it leads."""
         k, accumulated = self.entries(slot, gradient.numel()), slot.memory.room(slot.name, gradient)
-        residual, leader = slot.memory.residual(slot.name, accumulated.device), slot.step.number % slot.step.size
-        picked = self._pick(flat(gradient), residual, accumulated, k, leads=slot.step.rank == leader)
+        residual, leads = slot.memory.residual(slot.name, accumulated.device), slot.step.rank == _leader(slot)
+        picked = self._pick(flat(gradient), residual, accumulated, k, leads=leads)
         finite = picked is not None
         return Entries(self, slot, accumulated, torch.arange(k) if picked is None else picked, finite)
 
@@ -163,7 +163,7 @@ class Entries:
 
     @property
     def leader(self) -> int:
-        return self.slot.step.number % self.slot.step.size
+        return _leader(self.slot)
 
     @property
     def count(self) -> int:
@@ -197,6 +197,11 @@ class Entries:
         slot.memory.propose(slot.name, self.compressor.filtered(residual, accumulated))
         out = slot.room_for_sum(accumulated).zero_().index_copy_(0, self.positions, summed.values)
         return summed._replace(values=out)
+
+
+def _leader(slot: Slot) -> int:
+    """The rank that picks in this step."""
+    return slot.step.number % slot.step.size
 
 
 def values_of(slot: Slot, entries: int) -> Slot:
